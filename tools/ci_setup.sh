@@ -1,0 +1,16 @@
+#!/bin/sh
+# Installs what the tests use and uv cannot bring. For CI on Debian, as root; run again, it finds everything in place.
+set -eu
+
+missing=
+command -v bwrap >/dev/null || missing="$missing bubblewrap"
+
+if [ -z "$missing" ]; then
+    echo "ci_setup: everything is here"
+    exit 0
+fi
+echo "ci_setup: apt-get install$missing"
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+# shellcheck disable=SC2086 # a list of words
+apt-get install -y -qq --no-install-recommends $missing
