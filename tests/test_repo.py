@@ -1,0 +1,241 @@
+"""The repository tests itself: what CONTRIBUTING promises about a folder, a README or a module is true of each one."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tools import settings_tables
+from tools.sync_shared import ROOT, VENDORED, folders, own_modules
+
+HEADINGS = [
+    "What you get",
+    "Limits and cost",
+    "Copy this folder",
+    "Configure",
+    "Deploy",
+    "See it work",
+    "Clean up",
+    "How it works",
+]
+REQUIRED = ["README.md", "pyproject.toml", "uv.lock", ".env.example", "py.typed", "sandbox.py", "_shared/VERSION"]
+# What a shared module may import besides the standard library: the SDK, what it cannot run without, and what its
+# `webhooks` extra brings.
+SHARED_MAY_IMPORT = {"anthropic", "anyio", "standardwebhooks"}
+
+TRACKED = subprocess.run(
+    ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+    capture_output=True,
+    text=True,
+    check=True,
+).stdout.split("\0")
+FILES = sorted(ROOT / name for name in TRACKED if name and (ROOT / name).is_file())
+SOURCES = [path for path in FILES if path.suffix == ".py" and VENDORED not in path.parts]
+SHARED = [path for path in SOURCES if path.parent == ROOT / "shared"]
+SHIPPED = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("shared", "providers", "tools")]
+READMES = [path for path in FILES if path.suffix == ".md"]
+FOLDERS = folders(ROOT)
+
+
+def _name(path: object) -> str | None:
+    return str(path.relative_to(ROOT)) if isinstance(path, Path) else None
+
+
+def each(name: str, values: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(name, values, ids=_name)
+
+
+def _where(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+
+
+def _nodes(paths: list[Path], wrong: Callable[[ast.AST], bool]) -> list[str]:
+    return [_where(path, node) for path in paths for node in ast.walk(ast.parse(path.read_bytes())) if wrong(node)]
+
+
+def test_every_directory_of_providers_is_a_folder() -> None:
+    assert [path for path in ROOT.glob("providers/*") if path not in FOLDERS] == []
+
+
+@each("folder", FOLDERS)
+def test_a_folder_has_what_a_copy_needs(folder: Path) -> None:
+    tracked = {path.relative_to(folder).as_posix() for path in FILES if path.is_relative_to(folder)}
+    assert set(REQUIRED) - tracked == set()
+
+
+@each("folder", FOLDERS)
+def test_a_folder_is_tested_against_the_contract(folder: Path) -> None:
+    modules = list((ROOT / "tests/providers").glob(f"test_{folder.name.replace('-', '_')}*.py"))
+    assert any("tests.contract" in module.read_text(encoding="utf-8") for module in modules)
+
+
+@each("folder", FOLDERS)
+def test_a_folders_readme_has_the_eight_headings_in_order(folder: Path) -> None:
+    text = _without_code((folder / "README.md").read_text(encoding="utf-8"))
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
+
+
+@each("folder", FOLDERS)
+def test_quoted_log_lines_exist_in_the_code(folder: Path) -> None:
+    section = (
+        (folder / "README.md").read_text(encoding="utf-8").partition("\n## See it work\n")[2].partition("\n## ")[0]
+    )
+    actions = set(re.findall(r"\baction=(\w+)", section))
+    events = set(re.findall(r'"event": ?"(\w+)"', section))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py") if ".venv" not in path.parts)
+    logged = set(re.findall(r"\bline\(\s*\"(\w+)\"", code)) | set(re.findall(r"\baction=(\w+)", code))
+    assert actions, "a README shows the log lines by which one sees it work"
+    assert actions - logged == set()
+    assert {event for event in events if f'"{event}"' not in code} == set()
+
+
+@each("folder", FOLDERS)
+def test_the_env_example_lists_the_settings(folder: Path) -> None:
+    example = (folder / ".env.example").read_text(encoding="utf-8")
+    names = re.findall(r"^(?:# ?)?([A-Z][A-Z0-9_]+)=", example, re.MULTILINE)
+    assert sorted(names) == sorted(row.name for row in settings_tables.rows(ROOT, folder))
+
+
+@each("readme", READMES)
+def test_relative_links_resolve(readme: Path) -> None:
+    text = _without_code(readme.read_text(encoding="utf-8"))
+    broken = [target for target in _links(text) if not _resolves(readme, target)]
+    assert broken == []
+
+
+def _without_code(markdown: str) -> str:
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def _links(markdown: str) -> Iterator[str]:
+    for target in re.findall(r"\]\(([^)\s]+)\)", markdown):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def _resolves(readme: Path, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    file = (readme.parent / path).resolve() if path else readme
+    if not (file.is_relative_to(ROOT) and file.exists()):
+        return False
+    return not anchor or anchor in _anchors(file)
+
+
+def _anchors(file: Path) -> set[str]:
+    """The anchors of a file's headings, as the usual forges make them."""
+    headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_nothing_is_left_for_later() -> None:
+    later = re.compile(r"\b(TO" r"DO|FIX" r"ME)\b")
+    texts = [path for path in FILES if path.suffix in {".py", ".md", ".toml", ".sh", ".ts", ".mjs"}]
+    assert [_name(path) for path in texts if later.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_hand_written_files_name_no_package_registry() -> None:
+    hosts = re.compile(r"\b(py" r"pi\.org|python" r"hosted\.org|registry\.np" r"mjs\.org)\b")
+    texts = [path for path in FILES if path.name not in {"uv.lock", "package-lock.json"}]
+    assert [_name(path) for path in texts if hosts.search(path.read_text(encoding="utf-8", errors="replace"))] == []
+
+
+def test_no_exception_is_caught_unnamed() -> None:
+    def broad(node: ast.AST) -> bool:
+        if not isinstance(node, ast.ExceptHandler):
+            return False
+        caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        return any(kind is None or ast.unparse(kind) in {"Exception", "BaseException"} for kind in caught)
+
+    assert _nodes(SHIPPED, broad) == []
+
+
+def _may_read_the_environment(path: Path) -> bool:
+    inside = path.relative_to(ROOT)
+    if inside.parts[0] == "shared":
+        return inside.name in {"settings.py", "sandbox_runner.py", "worker.py"} or inside.name.startswith("runner_")
+    return inside.parts[0] == "tools" or inside.name == "main.py"
+
+
+def test_the_environment_is_read_in_few_places() -> None:
+    names = {"environ", "environb", "getenv", "getenvb"}
+
+    def reads(node: ast.AST) -> bool:
+        if isinstance(node, ast.Attribute):
+            return node.attr in names and ast.unparse(node.value) == "os"
+        return isinstance(node, ast.ImportFrom) and node.module == "os" and bool({a.name for a in node.names} & names)
+
+    assert _nodes([path for path in SHIPPED if not _may_read_the_environment(path)], reads) == []
+
+
+def test_only_command_lines_and_the_runner_print() -> None:
+    def prints(node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "sys.stdout.write"}
+
+    silent = [path for path in SHIPPED if not (_may_read_the_environment(path) and path.name != "settings.py")]
+    assert _nodes(silent, prints) == []
+
+
+def test_the_core_knows_no_provider() -> None:
+    names = {folder.name for folder in FOLDERS} - {"local"} | {"modal", "vercel", "daytona", "cloudflare", "docker"}
+    known = re.compile(rf"\b({'|'.join(sorted(names))})\b", re.IGNORECASE)
+    assert [_name(path) for path in SHARED if known.search(path.read_text(encoding="utf-8"))] == []
+    assert [_name(path) for path in SHARED if re.search(r"providers[./]", path.read_text(encoding="utf-8"))] == []
+
+
+def test_the_core_imports_little() -> None:
+    def foreign(node: ast.AST) -> bool:
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                return node.level > 1
+            modules = [node.module or ""]
+        else:
+            return False
+        return any(name.partition(".")[0] not in sys.stdlib_module_names | SHARED_MAY_IMPORT for name in modules)
+
+    assert _nodes(SHARED, foreign) == []
+
+
+# Imports the module once with everything it imports already loaded; what then still happens, its own lines do.
+_IMPORT = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+name = "shared." + sys.argv[2]
+importlib.import_module(name)
+for loaded in [m for m in sys.modules if m.partition(".")[0] == "shared"]:
+    del sys.modules[loaded]
+def watch(event, args):
+    own_file = event == "open" and str(args[0]).endswith((".py", ".pyc"))
+    if not own_file and event.split(".")[0] in {"open", "socket", "subprocess", "_thread", "ctypes"}:
+        sys.exit(f"{event} {args}")
+    if event in {"os.fork", "os.mkdir", "os.remove", "os.putenv", "os.system"}:
+        sys.exit(f"{event} {args}")
+class Environment(dict):
+    def read(self, *args): sys.exit("the environment is read")
+    __getitem__ = __contains__ = __iter__ = get = items = copy = read
+import os
+os.environ = Environment()
+sys.addaudithook(watch)
+importlib.import_module(name)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("module", [path.stem for path in SHARED])
+def test_importing_the_core_reads_and_builds_nothing(module: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-I", "-B", "-c", _IMPORT, str(ROOT), module], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_own_modules_are_those_that_are_tracked() -> None:
+    for folder in FOLDERS:
+        assert set(own_modules(folder)) == {path for path in SOURCES if path.is_relative_to(folder)}
