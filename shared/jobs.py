@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from .errors import JobRefused
+from .runner_job import sessions_token
 from .settings import Settings
 
 # Ids become names of sandboxes, files and labels at the providers; whatever else arrives is refused, not escaped.
@@ -55,7 +55,7 @@ class Job:
                 raise JobRefused(f"the item's {name} id is malformed")
         if item.environment_id != settings.environment_id:
             raise JobRefused("the item belongs to another environment")
-        token = _sessions_token(item.secret)
+        token = sessions_token(item.secret)
         if token is None and not settings.allow_environment_key_in_sandbox:
             raise JobRefused(
                 "the item carries no usable secret: ask Anthropic to enable per-session secrets, or set"
@@ -85,18 +85,6 @@ class Job:
             "SANDBOX_TOOLS": self.tools,
         }
         return json.dumps({name: value for name, value in values.items() if value is not None}).encode()
-
-
-def _sessions_token(secret: str | None) -> str | None:
-    """The bearer inside a work item's secret: URL-safe base64 (padding optional) of JSON with `sessions_token`."""
-    if not secret:
-        return None
-    try:
-        payload = json.loads(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4)))
-    except (ValueError, binascii.Error):
-        return None
-    token = payload.get("sessions_token") if isinstance(payload, dict) else None
-    return token if isinstance(token, str) and token else None
 
 
 def _minimal_secret(token: str) -> str:

@@ -12,13 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from .errors import LaunchFailed
-
-EXIT_OK = 0  # done, or not needed: a healthy runner serves the session already
-EXIT_BAD_JOB = 64
-EXIT_CANNOT_RUN = 69
-EXIT_LOCK_HELD = 73
-EXIT_LEASE_LOST = 76
-EXIT_HANDED_OVER = 143
+from .runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_LOCK_HELD, EXIT_OK
 
 _RETRIABLE_EXITS = frozenset({EXIT_LOCK_HELD, EXIT_HANDED_OVER})
 _NOT_NEEDED_EXITS = frozenset({EXIT_OK, EXIT_LEASE_LOST})

@@ -1,0 +1,251 @@
+"""From the queue to running sandboxes: reserve, launch, and never ack (P2, R7, R8).
+
+The item stays un-acked until a loaded runner acks it inside the sandbox, so a launch that fails anywhere loses nothing:
+the queue offers the item again by itself once RECLAIM_SECONDS have passed. That is also why no foreign poller may share
+the environment: one with a shorter reclaim window would be handed items that are being launched here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import anthropic
+from anthropic import AsyncAnthropic
+
+from . import log
+from .errors import JobRefused, LaunchFailed
+from .healing import Healer
+from .jobs import Job
+from .provider import Launch, Provider
+from .settings import Settings
+
+RECLAIM_SECONDS = 120.0
+LAUNCH_SECONDS = 90.0  # from hand-out; below RECLAIM_SECONDS, so that an item is never launched twice at once
+DRAIN_SECONDS = 240.0  # one drain polls no longer than this; the next signal or sweep goes on
+POLL_ATTEMPTS = 3
+RETRY_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # between two attempts of a launch; the last one repeats
+LIVE_REFRESH_SECONDS = 30.0  # how long a count of running sandboxes is trusted
+RENEW_SECONDS = 300.0  # what a sweep asks for while a runner works; several sweeps' worth
+
+_log = logging.getLogger(__name__)
+
+
+def open_client(settings: Settings) -> AsyncAnthropic:
+    """The host's client: it holds the environment key and talks to nothing but the queue and its sessions."""
+    return AsyncAnthropic(auth_token=settings.environment_key, base_url=settings.base_url, max_retries=2, timeout=30.0)
+
+
+class Dispatcher:
+    """One host process's share of an environment."""
+
+    def __init__(self, *, client: AsyncAnthropic, settings: Settings, provider: Provider) -> None:
+        self._client = client
+        self._settings = settings
+        self._provider = provider
+        self._healer = Healer(client, settings)
+        self._slots = asyncio.Semaphore(settings.launch_concurrency)
+        self._signalled = False
+        self._draining: asyncio.Task[None] | None = None
+        self._launches: dict[str, asyncio.Task[None]] = {}
+        self._live = 0
+        self._live_counted_at: float | None = None
+        self._closing = False
+
+    def wake(self, _event: object = None) -> None:
+        """Says that there may be work, and returns at once. A signal during a drain makes it poll once more."""
+        self._signalled = True
+        if not self._closing and (self._draining is None or self._draining.done()):
+            self._draining = asyncio.create_task(self._drain())
+
+    async def drain(self) -> None:
+        """Polls until the queue is empty and waits for the launches that came of it."""
+        self.wake()
+        if self._draining is not None:
+            await asyncio.wait([self._draining])
+            self._draining.result()
+        if self._launches:
+            await asyncio.wait(list(self._launches.values()))
+
+    async def sweep(self) -> None:
+        """What must happen even when no webhook ever arrives (P1): drain, heal, renew, clean up. Run it each minute."""
+        began = time.monotonic()
+        await self.drain()
+        items = await self._healer.list_work()
+        await self._renew([item for item in items if item.state == "active"])
+        if await self._healer.heal(items):
+            await self.drain()
+        await self._clean_up()
+        _log.info(log.line("sweep", provider=self._provider.name, ms=_ms(began)))
+
+    async def close(self, grace_seconds: float) -> None:
+        """Claims nothing more, gives the poll and the launches under way `grace_seconds` to finish, then cancels them;
+        their items are un-acked and will be offered again."""
+        self._closing, self._signalled = True, False
+        deadline = time.monotonic() + grace_seconds
+        while (under_way := self._under_way()) and (left := deadline - time.monotonic()) > 0:
+            await asyncio.wait(under_way, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self._client.close()
+
+    def _under_way(self) -> list[asyncio.Task[None]]:
+        draining = [self._draining] if self._draining is not None and not self._draining.done() else []
+        return [*draining, *self._launches.values()]
+
+    # --- drain -------------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self._signalled and time.monotonic() < deadline:
+            if not await self._room():
+                return
+            await self._slots.acquire()  # before the poll, so that nothing waits reserved (P8)
+            launched = False
+            try:
+                self._signalled = False  # before the poll: a signal after it must not be lost
+                item = await self._poll()
+                launched = item is not None and self._begin(item)
+                self._signalled |= item is not None and not self._closing
+            finally:
+                if not launched:
+                    self._slots.release()
+
+    async def _poll(self) -> Any | None:
+        """The next item, or None when the queue is empty or will not answer now; the sweep comes back to it."""
+        for attempt in range(1, POLL_ATTEMPTS + 1):
+            try:
+                return await self._client.beta.environments.work.poll(
+                    self._settings.environment_id, reclaim_older_than_ms=int(RECLAIM_SECONDS * 1000)
+                )
+            except anthropic.RateLimitError as error:
+                _log.warning(log.line("poll", error=error, reason="the API asks to slow down; the next sweep goes on"))
+                return None
+            except (anthropic.AuthenticationError, anthropic.PermissionDeniedError) as error:
+                reason = "the environment key is not accepted: check ANTHROPIC_ENVIRONMENT_KEY and ..._ENVIRONMENT_ID"
+                _log.error(log.line("poll", error=error, reason=reason))
+                return None
+            except anthropic.APIError as error:
+                _log.warning(log.line("poll", attempt=attempt, error=error))
+                await asyncio.sleep(attempt)
+        return None
+
+    async def _room(self) -> bool:
+        """Whether one more sandbox may run (SANDBOX_MAX_LIVE)."""
+        now = time.monotonic()
+        if self._live_counted_at is None or now - self._live_counted_at > LIVE_REFRESH_SECONDS:
+            self._live = 0
+            async for info in self._provider.sandboxes():
+                self._live += info.running
+            self._live_counted_at = now
+        if self._live + len(self._launches) < self._settings.max_live:
+            return True
+        reason = (
+            f"{self._live} sandboxes run and SANDBOX_MAX_LIVE is {self._settings.max_live}; work waits in the queue"
+        )
+        _log.warning(log.line("full", provider=self._provider.name, reason=reason))
+        return False
+
+    def _begin(self, item: Any) -> bool:
+        """Starts the launch of a reserved item. The slot is the launch's from here on."""
+        if item.id in self._launches:
+            return False  # handed out again while its launch is still under way here
+        task = asyncio.create_task(self._launch(item))
+        self._launches[item.id] = task
+        task.add_done_callback(lambda _: self._end(item.id))
+        return True
+
+    def _end(self, work_id: str) -> None:
+        self._slots.release()
+        task = self._launches.pop(work_id)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A vendor error that no table maps, or a bug: this launch only, and loudly.
+            _log.error(log.line("launch_failed", work=work_id, error=error), exc_info=error)
+
+    # --- launch ------------------------------------------------------------------------------------------------------
+
+    async def _launch(self, item: Any) -> None:
+        began = time.monotonic()
+        if getattr(item.data, "type", None) != "session":
+            await self._stop_healthcheck(item)
+            return
+        try:
+            job = Job.from_item(item, self._settings)
+        except JobRefused as error:
+            _log.error(log.line("refused", work=item.id, reason=error.args[0]))
+            return
+        try:
+            async with asyncio.timeout(LAUNCH_SECONDS):
+                await self._launch_until_started(job, began)
+        except TimeoutError:
+            self._log_failure(job, began, "no runner was ready in time; the item stays queued")
+
+    async def _launch_until_started(self, job: Job, began: float) -> None:
+        launch = Launch(stdin=job.to_stdin())
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                sandbox = await self._provider.acquire(job.session_id)
+                started = await sandbox.start(launch)
+            except LaunchFailed as error:
+                self._log_failure(job, began, error.args[0], attempt=attempt)
+                if not error.retriable:
+                    return
+            else:
+                self._live += sandbox.created
+                outcome = "launched" if started.outcome == "ready" else "served_already"
+                _log.info(log.line(outcome, **self._names(job), sandbox=sandbox.id, attempt=attempt, ms=_ms(began)))
+                return
+            await asyncio.sleep(RETRY_PAUSES[min(attempt, len(RETRY_PAUSES)) - 1])
+
+    async def _stop_healthcheck(self, item: Any) -> None:
+        """The queue also sends items that are no session, to see that a worker answers. The SDK's worker stops them."""
+        work = self._client.beta.environments.work
+        try:
+            await work.ack(item.id, environment_id=item.environment_id)
+            await work.stop(item.id, environment_id=item.environment_id, force=True)
+        except anthropic.APIError as error:
+            _log.warning(log.line("healthcheck", work=item.id, error=error))
+        else:
+            _log.info(log.line("healthcheck", work=item.id))
+
+    def _log_failure(self, job: Job, began: float, reason: str, attempt: int | None = None) -> None:
+        _log.warning(log.line("launch_failed", **self._names(job), attempt=attempt, ms=_ms(began), reason=reason))
+
+    def _names(self, job: Job) -> dict[str, str]:
+        return {"provider": self._provider.name, "session": job.session_id, "work": job.work_id}
+
+    # --- sweep -------------------------------------------------------------------------------------------------------
+
+    async def _renew(self, active: list[Any]) -> None:
+        """Keeps the sandboxes of working runners alive. `acquire` is not used: it would make what is gone."""
+        serving = {item.data.id for item in active}
+        infos = [info async for info in self._provider.sandboxes() if info.running and info.session_id in serving]
+        for info in infos:
+            await self._seam("renew", info.sandbox_id, self._provider.renew(info.sandbox_id, RENEW_SECONDS))
+
+    async def _clean_up(self) -> None:
+        """Deletes what nobody has used for SANDBOX_RETENTION_SECONDS."""
+        oldest = time.time() - self._settings.retention_seconds
+        stale = [info async for info in self._provider.sandboxes() if not info.running and info.last_used_at < oldest]
+        for info in stale:
+            if await self._seam("release", info.sandbox_id, self._provider.release(info.sandbox_id)):
+                _log.info(log.line("released", session=info.session_id, sandbox=info.sandbox_id))
+
+    async def _seam(self, action: str, sandbox_id: str, call: Awaitable[None]) -> bool:
+        """One sandbox's trouble is not the sweep's."""
+        try:
+            await call
+        except LaunchFailed as error:
+            _log.warning(log.line(action, provider=self._provider.name, sandbox=sandbox_id, reason=error.args[0]))
+            return False
+        return True
+
+
+def _ms(began: float) -> int:
+    return round((time.monotonic() - began) * 1000)
