@@ -1,0 +1,132 @@
+"""The world behind one lock, and the bell that wakes whoever waits for it to change.
+
+Requests run on the server's event loop, tests on threads of their own; both go through `transact`. Waiters on threads
+use the condition, waiters on the loop an `asyncio.Event` each, so nothing in the emulator polls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from typing import TypeVar
+
+from .clock import Clock
+from .state import World
+from .state.turns import Notify
+from .switches import Switches
+
+T = TypeVar("T")
+
+
+class Engine:
+    def __init__(self, clock: Clock, switches: Switches, lease_ttl: timedelta, notify: Notify) -> None:
+        self.clock = clock
+        self.world = World(switches, lease_ttl, notify, clock.now())
+        self.is_closing = False
+        self._changed = threading.Condition(threading.RLock())
+        self._listeners: set[asyncio.Event] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        clock.on_jump(self._catch_up)
+
+    # Changing the world
+
+    @contextlib.contextmanager
+    def transact(self) -> Iterator[datetime]:
+        """Hold the lock with leases and sleeps brought up to date; yields the time. Wakes everybody on a change."""
+        with self._changed:
+            now = self.clock.now()
+            before = self.world.changes
+            self.world.tick(now)
+            try:
+                yield now
+            finally:
+                if self.world.changes != before:
+                    self.ring()
+
+    def _catch_up(self) -> None:
+        with self.transact():
+            self.ring()
+
+    def ring(self) -> None:
+        """Wake every waiter: the world, the clock or a record of it has changed."""
+        with self._changed:
+            self._changed.notify_all()
+            if self._loop is not None and self._listeners:
+                self._loop.call_soon_threadsafe(self._wake_listeners)
+
+    # Waiting on a thread
+
+    def wait_until(self, predicate: Callable[[], T], timeout: float) -> T:
+        """The predicate's first true value; TimeoutError after `timeout` seconds of real time."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while not (value := predicate()):
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    value = predicate()
+                    if value:
+                        return value
+                    raise TimeoutError(f"not true within {timeout} s of real time")
+            return value
+
+    # Waiting on the event loop
+
+    def _wake_listeners(self) -> None:
+        for event in self._listeners:
+            event.set()
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[asyncio.Event]:
+        """An event that every ring sets. Clear it before looking at the world, then wait."""
+        event = asyncio.Event()
+        with self._changed:
+            self._listeners.add(event)
+        try:
+            yield event
+        finally:
+            with self._changed:
+                self._listeners.discard(event)
+
+    async def wait_for_instant(self, moment: datetime) -> None:
+        """Return once the emulator's clock shows `moment`, or the emulator closes."""
+        with self.listen() as changed:
+            while not self.is_closing and (left := (moment - self.clock.now()).total_seconds()) > 0:
+                changed.clear()
+                await wait_event(changed, left)
+
+    async def keep_time(self) -> None:
+        """Let leases lapse and scripts go on when nobody asks. Ends when the emulator closes."""
+        with self.listen() as changed:
+            while not self.is_closing:
+                changed.clear()
+                with self.transact() as now:
+                    due = self.world.next_due()
+                await wait_event(changed, (due - now).total_seconds() if due else None)
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.is_closing = False
+        self._loop = loop
+
+    def close(self) -> None:
+        """End every wait on the loop: streams finish and the server can stop."""
+        self.is_closing = True
+        self.ring()
+
+    def detach(self) -> None:
+        """The loop is about to end: ring threads only."""
+        with self._changed:
+            self._loop = None
+
+
+async def wait_event(event: asyncio.Event, seconds: float | None) -> bool:
+    """Whether the event was set within `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

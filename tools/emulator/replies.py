@@ -1,0 +1,109 @@
+"""Wire shapes: what the control plane answers, with every field the SDK's types know, null when unset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+from .clock import stamp
+from .errors import Invalid
+from .state import Session, WorkItem
+from .state.catalog import Agent, Environment
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+def optional_stamp(moment: datetime | None) -> str | None:
+    return stamp(moment) if moment else None
+
+
+def work(item: WorkItem, secret: str | None = None) -> Json:
+    """`actor` is undocumented but in every recording; `secret` is set in poll responses only."""
+    return {
+        "id": item.id,
+        "type": "work",
+        "environment_id": item.environment_id,
+        "data": {"type": "session", "id": item.session_id},
+        "state": item.state,
+        "metadata": dict(item.metadata),
+        "secret": secret,
+        "actor": None,
+        "created_at": stamp(item.created_at),
+        "acknowledged_at": optional_stamp(item.acknowledged_at),
+        "started_at": optional_stamp(item.started_at),
+        "latest_heartbeat_at": optional_stamp(item.latest_heartbeat_at),
+        "stop_requested_at": optional_stamp(item.stop_requested_at),
+        "stopped_at": optional_stamp(item.stopped_at),
+    }
+
+
+def heartbeat(item: WorkItem, *, is_extended: bool) -> Json:
+    return {
+        "type": "work_heartbeat",
+        "last_heartbeat": item.last_heartbeat or "",
+        "lease_extended": is_extended,
+        "state": item.state,
+        "ttl_seconds": int(item.ttl.total_seconds()),
+    }
+
+
+def environment(it: Environment) -> Json:
+    return {
+        "id": it.id,
+        "type": "environment",
+        "name": it.name,
+        "description": it.description,
+        "config": {"type": "self_hosted"},
+        "metadata": dict(it.metadata),
+        "scope": "organization",
+        "created_at": stamp(it.created_at),
+        "updated_at": stamp(it.updated_at),
+        "archived_at": optional_stamp(it.archived_at),
+    }
+
+
+def agent(it: Agent) -> Json:
+    created_at = stamp(it.created_at)
+    own = {"metadata": dict(it.metadata), "created_at": created_at, "updated_at": created_at, "archived_at": None}
+    return it.snapshot() | own
+
+
+def session(it: Session, now: datetime) -> Json:
+    active = it.active + (now - it.running_since if it.running_since else now - now)
+    return {
+        "id": it.id,
+        "type": "session",
+        "status": it.status,
+        "environment_id": it.environment_id,
+        "agent": it.agent,
+        "title": it.title,
+        "metadata": dict(it.metadata),
+        "resources": [],
+        "vault_ids": it.vault_ids,
+        "outcome_evaluations": [],
+        "budget": None,
+        "deployment_id": None,
+        "stats": {
+            "active_seconds": active.total_seconds(),
+            "duration_seconds": (now - it.created_at).total_seconds(),
+        },
+        "usage": it.usage(),
+        "created_at": stamp(it.created_at),
+        "updated_at": stamp(it.updated_at),
+        "archived_at": optional_stamp(it.archived_at),
+    }
+
+
+def page(items: Sequence[T], id_of: Callable[[T], str], limit: int, after: str | None) -> tuple[list[T], str | None]:
+    """One page and the cursor of the next. The cursor is the last id shown, so items that arrive move nothing."""
+    start = 0
+    if after is not None:
+        ids = [id_of(item) for item in items]
+        if after not in ids:
+            raise Invalid("page: not a cursor of this list")
+        start = ids.index(after) + 1
+    shown = list(items[start : start + limit])
+    is_last = start + limit >= len(items)
+    return shown, None if is_last else id_of(shown[-1])

@@ -1,0 +1,166 @@
+"""The frame around every request: who asks, what exactly, how it is logged, and how an error looks.
+
+A request that names a route, a field or a parameter the emulator does not know is refused by name, so that a client
+cannot depend on something the emulator silently ignores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import format_datetime
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from .credentials import Credential, Credentials
+from .engine import Engine
+from .errors import EmulatorError, Invalid, NotFound, envelope, status_of
+from .params import NoParams, Params, parse
+from .state.ids import new_id
+
+MAX_BODY_BYTES = 32 * 1024 * 1024
+BETA = "managed-agents-2026-04-01"
+
+P = TypeVar("P", bound=Params)
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One line of the request log."""
+
+    at: datetime
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    status: int
+    operation: str | None
+    """The emulator's name for the endpoint, as in the credential matrix: `work.poll`, `events.send`, …"""
+    helper: str | None
+    """The `x-stainless-helper` header: which part of an SDK asked."""
+    credential: str
+    """`api_key`, `environment_key`, `sessions_token`, `unknown` or `none`."""
+    worker_id: str | None
+    request_id: str
+
+
+class Call:
+    """One request, as an operation sees it."""
+
+    def __init__(self, request: Request, body: bytes, credential: Credential, control: Control) -> None:
+        self._request = request
+        self._body = body
+        self.credential = credential
+        self.path: dict[str, str] = request.path_params
+        self.engine = control.engine
+        self.world = control.engine.world
+        self.credentials = control.credentials
+        self.worker_id = request.headers.get("anthropic-worker-id")
+
+    def query(self, model: type[P]) -> P:
+        """The query, checked. `beta=true` is what older SDKs append to every call (recorded)."""
+        values: dict[str, Any] = {}
+        for name, value in self._request.query_params.multi_items():
+            if name == "beta" and value == "true":
+                continue
+            if name.endswith("[]"):
+                values.setdefault(name, []).append(value)
+            elif name in values:
+                raise Invalid(f"{name}: given more than once")
+            else:
+                values[name] = value
+        return parse(model, values, "query")
+
+    def body(self, model: type[P]) -> P:
+        if not self._body:
+            return parse(model, {}, "body")
+        try:
+            values = json.loads(self._body)
+        except ValueError as error:
+            raise Invalid("body: not JSON") from error
+        if not isinstance(values, dict):
+            raise Invalid("body: not a JSON object")
+        return parse(model, values, "body")
+
+    def no_body(self) -> None:
+        self.body(NoParams)
+
+    def no_query(self) -> None:
+        self.query(NoParams)
+
+
+Handler = Callable[[Call], Awaitable[Response | dict[str, Any] | None]]
+
+
+class Control:
+    """What all requests share: the engine, the credentials and the log."""
+
+    def __init__(self, engine: Engine, credentials: Credentials, log: list[RequestRecord]) -> None:
+        self.engine = engine
+        self.credentials = credentials
+        self._log = log
+
+    async def serve(self, request: Request, operation: str, handler: Handler) -> Response:
+        """Run one operation; what is no response already becomes the JSON body of a 200."""
+        request_id = new_id("req")
+        try:
+            result = await handler(await self._admit(request, operation))
+            response = result if isinstance(result, Response) else JSONResponse(result)
+        except EmulatorError as error:
+            response = _error_response(error, request_id)
+        return self._finish(request, operation, response, request_id)
+
+    def refuse(self, request: Request, error: EmulatorError) -> Response:
+        """Answer a request that reached no operation."""
+        request_id = new_id("req")
+        return self._finish(request, None, _error_response(error, request_id), request_id)
+
+    async def _admit(self, request: Request, operation: str) -> Call:
+        credential = self.credentials.identify(_credential_of(request))
+        with self.engine.transact() as now:
+            self.credentials.check_age(credential, self.engine.world, now)
+            self.credentials.authorise(credential, operation, request.path_params, self.engine.world)
+        if request.url.path.startswith("/v1/sessions") and BETA not in request.headers.get("anthropic-beta", ""):
+            raise NotFound(f"{request.url.path} needs the header anthropic-beta: {BETA}")  # documented: 404 without it
+        body = await request.body()
+        if len(body) > MAX_BODY_BYTES:
+            raise Invalid(f"body: larger than {MAX_BODY_BYTES} bytes")
+        return Call(request, body, credential, self)
+
+    def _finish(self, request: Request, operation: str | None, response: Response, request_id: str) -> Response:
+        now = self.engine.clock.now()
+        response.headers["request-id"] = request_id
+        response.headers["date"] = format_datetime(now, usegmt=True)  # clients read the server's time here
+        query: dict[str, list[str]] = {}
+        for name, value in request.query_params.multi_items():
+            query.setdefault(name, []).append(value)
+        record = RequestRecord(
+            at=now,
+            method=request.method,
+            path=request.url.path,
+            query=query,
+            status=response.status_code,
+            operation=operation,
+            helper=request.headers.get("x-stainless-helper"),
+            credential=self.credentials.kind_of(_credential_of(request)),
+            worker_id=request.headers.get("anthropic-worker-id"),
+            request_id=request_id,
+        )
+        self._log.append(record)
+        self.engine.ring()
+        return response
+
+
+def _error_response(error: EmulatorError, request_id: str) -> Response:
+    return JSONResponse(envelope(error, request_id), status_code=status_of(error))
+
+
+def _credential_of(request: Request) -> str | None:
+    """Either header carries any kind: the newest SDK sends API keys as bearer tokens too, older ones do not."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token.strip()
+    return request.headers.get("x-api-key")

@@ -1,0 +1,65 @@
+"""The HTTP server: uvicorn on a thread of its own, on loopback, on a free port unless one is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+
+import uvicorn
+from starlette.applications import Starlette
+
+from .engine import Engine
+from .webhooks import WebhookSender
+
+STOP_SECONDS = 10.0
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Server(uvicorn.Server):
+    def __init__(self, app: Starlette, engine: Engine, webhooks: WebhookSender, host: str, port: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=False,  # the date comes from the emulator's clock
+            timeout_graceful_shutdown=5,
+        )
+        super().__init__(config)
+        self._engine = engine
+        self._webhooks = webhooks
+        self._ready = threading.Event()
+        # Bound before the thread starts: the port is known at once, and one that is taken fails in the caller.
+        self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._thread = threading.Thread(target=self.run, args=([self._socket],), name="emulator", daemon=True)
+        address = f"[{host}]" if ":" in host else host
+        self.url = f"http://{address}:{self._socket.getsockname()[1]}"
+
+    def start(self) -> None:
+        self._thread.start()
+        if not self._ready.wait(STOP_SECONDS):
+            raise RuntimeError("the emulator did not start; see the traceback of its thread")
+
+    def stop(self) -> None:
+        self._engine.close()
+        self.should_exit = True
+        self._thread.join(STOP_SECONDS)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._engine.open(asyncio.get_running_loop())
+        await self._webhooks.open()
+        self._time_keeper = asyncio.create_task(self._engine.keep_time())
+        self._ready.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.close()
+        await self._webhooks.close()
+        await self._time_keeper
+        await super().shutdown(sockets)
+        self._engine.detach()

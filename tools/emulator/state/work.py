@@ -1,0 +1,240 @@
+"""The work queue of one environment: hand-out, acknowledgement, lease, stop. Pure: every rule takes the time.
+
+Recorded: the order of the timestamps, the stop that waits for the next beat, the lapse that stops the item and leaves
+the session alone. Documented: the reclaim window and the statistics. The rest is inferred, and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from tools.emulator.clock import stamp
+from tools.emulator.errors import Conflict, HeartbeatPreconditionFailed, Invalid, NotFound
+from tools.emulator.switches import Switches
+
+from .ids import new_id
+
+NO_HEARTBEAT = "NO_HEARTBEAT"
+RECLAIM_AFTER = timedelta(milliseconds=5000)
+WORKER_SEEN = timedelta(seconds=30)
+LONGEST_SWEEP = timedelta(seconds=60)
+TICK = timedelta(microseconds=1)
+LEASED = ("starting", "active", "stopping")
+
+
+@dataclass
+class WorkItem:
+    """One session's place in the queue. A re-queue reuses the object, so a session never has two."""
+
+    id: str
+    environment_id: str
+    session_id: str
+    created_at: datetime
+    queued_at: datetime
+    ttl: timedelta
+    state: str = "queued"
+    metadata: dict[str, str] = field(default_factory=dict)
+    started_at: datetime | None = None
+    acknowledged_at: datetime | None = None
+    latest_heartbeat_at: datetime | None = None
+    stop_requested_at: datetime | None = None
+    stopped_at: datetime | None = None
+    last_stopped_at: datetime | None = None
+    """Like `stopped_at`, but kept through a re-queue: the age of the tokens of the claim that ended then."""
+
+    @property
+    def is_live(self) -> bool:
+        return self.state != "stopped"
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When the lease ends: a TTL after the last beat, or (inferred) after the ack of an item never beaten."""
+        if self.state not in LEASED:
+            return None
+        last = self.latest_heartbeat_at or self.acknowledged_at
+        return last + self.ttl if last else None
+
+    @property
+    def last_heartbeat(self) -> str | None:
+        return stamp(self.latest_heartbeat_at) if self.latest_heartbeat_at else None
+
+
+class WorkQueue:
+    def __init__(self, environment_id: str, switches: Switches, lease_ttl: timedelta, sweeps_from: datetime) -> None:
+        self.environment_id = environment_id
+        self._switches = switches
+        self._ttl = lease_ttl
+        # Recorded: 360.7 s from the last beat to the stop at a TTL of 300 s, so a sweeper looks about once a minute.
+        # A shorter TTL gets a shorter period, in the same proportion.
+        self._sweep_period = min(LONGEST_SWEEP, lease_ttl / 5)
+        self._sweeps_from = sweeps_from
+        self._items: dict[str, WorkItem] = {}
+        self._polled: dict[str, datetime] = {}
+
+    def enqueue(self, session_id: str, now: datetime) -> WorkItem:
+        """Queue the session unless it has a live item. A re-queue keeps the id and `created_at` (inferred)."""
+        item = self.of_session(session_id)
+        if item is None:
+            work_id = session_id if self._switches.work_id == "session_id" else new_id("work")
+            item = WorkItem(work_id, self.environment_id, session_id, now, now, self._ttl)
+            self._items[work_id] = item
+        elif not item.is_live:
+            self._requeue(item, now)
+        return item
+
+    def _requeue(self, item: WorkItem, now: datetime) -> None:
+        item.state = "queued"
+        item.queued_at = now
+        item.ttl = self._ttl
+        item.started_at = item.acknowledged_at = item.latest_heartbeat_at = None
+        item.stop_requested_at = item.stopped_at = None
+
+    def find(self, work_id: str) -> WorkItem | None:
+        return self._items.get(work_id)
+
+    def get(self, work_id: str) -> WorkItem:
+        item = self.find(work_id)
+        if item is None:
+            raise NotFound(f"work item {work_id} not found in environment {self.environment_id}")
+        return item
+
+    def of_session(self, session_id: str) -> WorkItem | None:
+        return next((item for item in self._items.values() if item.session_id == session_id), None)
+
+    def remove(self, session_id: str) -> None:
+        item = self.of_session(session_id)
+        if item is not None:
+            del self._items[item.id]
+
+    def newest_first(self) -> list[WorkItem]:
+        return sorted(self._items.values(), key=lambda item: item.created_at, reverse=True)
+
+    # Hand-out
+
+    def note_poll(self, worker_id: str, now: datetime) -> None:
+        self._polled[worker_id] = now
+
+    def hand_out(self, now: datetime, reclaim_after: timedelta = RECLAIM_AFTER) -> WorkItem | None:
+        """The oldest item nobody holds. It stays `queued`; `started_at` is stamped here, before the ack (recorded)."""
+        free = [
+            item
+            for item in self._items.values()
+            if item.state == "queued" and (item.started_at is None or item.started_at + reclaim_after <= now)
+        ]
+        if not free:
+            return None
+        item = min(free, key=lambda item: item.queued_at)
+        item.started_at = now
+        return item
+
+    def ack(self, work_id: str, now: datetime) -> WorkItem:
+        """`queued` to `starting`. A second ack changes nothing and succeeds (inferred); a stopped item is gone."""
+        item = self.get(work_id)
+        if item.state == "stopped":
+            raise NotFound(f"work item {work_id} is stopped")
+        if item.state == "queued":
+            item.state = "starting"
+            item.acknowledged_at = now
+        return item
+
+    # Lease
+
+    def heartbeat(self, work_id: str, now: datetime, expected: str | None, ttl: timedelta | None) -> bool:
+        """Record a beat and say whether it extended the lease.
+
+        While the item is stopping or stopped nothing is compared and nothing moves (SDK docstring; recorded).
+        """
+        item = self.get(work_id)
+        if item.state in ("stopping", "stopped"):
+            return False
+        if item.state == "queued":
+            self._refuse_beat_on_queued(item)
+        if expected is not None and expected != (item.last_heartbeat or NO_HEARTBEAT):
+            raise HeartbeatPreconditionFailed(self.lease_state(item))
+        item.latest_heartbeat_at = max(now, item.latest_heartbeat_at + TICK) if item.latest_heartbeat_at else now
+        item.ttl = ttl or item.ttl
+        item.state = "active"
+        return True
+
+    def _refuse_beat_on_queued(self, item: WorkItem) -> None:
+        if self._switches.heartbeat_on_queued == 404:
+            raise NotFound(f"work item {item.id} is not leased")
+        if self._switches.heartbeat_on_queued == 409:
+            raise Conflict(f"work item {item.id} is queued")
+        raise HeartbeatPreconditionFailed(self.lease_state(item))
+
+    @staticmethod
+    def lease_state(item: WorkItem) -> dict[str, object]:
+        return {
+            "state": item.state,
+            "last_heartbeat": item.last_heartbeat,
+            "lease_extended": False,
+            "ttl_seconds": int(item.ttl.total_seconds()),
+        }
+
+    def next_lapse(self) -> tuple[datetime, WorkItem] | None:
+        """The item whose lease the sweeper ends next, and when: at its first visit after the lease has run out."""
+        due = [(self._sweep_after(item.expires_at), item) for item in self._items.values() if item.expires_at]
+        return min(due, key=lambda pair: pair[0], default=None)
+
+    def _sweep_after(self, moment: datetime) -> datetime:
+        periods = math.ceil((moment - self._sweeps_from) / self._sweep_period)
+        return self._sweeps_from + periods * self._sweep_period
+
+    def lapse(self, item: WorkItem, now: datetime) -> None:
+        if self._switches.lease_lapse == "requeue" and item.state != "stopping":
+            self._requeue(item, now)
+            return
+        item.stop_requested_at = item.stop_requested_at or now
+        self._end(item, now)
+
+    @staticmethod
+    def _end(item: WorkItem, now: datetime) -> None:
+        item.state = "stopped"
+        item.stopped_at = item.last_stopped_at = now
+
+    # Stop
+
+    def stop(self, work_id: str, now: datetime, *, force: bool) -> WorkItem:
+        """Graceful: an active item waits in `stopping` for its worker; one that never beat is stopped (inferred)."""
+        item = self.get(work_id)
+        if item.state == "stopped":
+            raise Conflict(f"work item {work_id} is already stopped")
+        item.stop_requested_at = item.stop_requested_at or now
+        if force or item.state in ("queued", "starting"):
+            self._end(item, now)
+        else:
+            item.state = "stopping"
+        return item
+
+    def update_metadata(self, work_id: str, patch: dict[str, str | None]) -> WorkItem:
+        item = self.get(work_id)
+        merge(item.metadata, patch)
+        return item
+
+    # Statistics
+
+    def stats(self, now: datetime) -> dict[str, object]:
+        """Documented: an item handed out but not acknowledged is pending, an acknowledged one counts nowhere."""
+        queued = [item for item in self._items.values() if item.state == "queued"]
+        oldest = min((item.queued_at for item in queued), default=None)
+        return {
+            "type": "work_queue_stats",
+            "depth": sum(item.started_at is None for item in queued),
+            "pending": sum(item.started_at is not None for item in queued),
+            "oldest_queued_at": stamp(oldest) if oldest else None,
+            "workers_polling": sum(now - seen <= WORKER_SEEN for seen in self._polled.values()),
+        }
+
+
+def merge(metadata: dict[str, str], patch: dict[str, str | None]) -> None:
+    """The merge patch of every metadata field: a string sets the key, null deletes it."""
+    if any(not key for key in patch):
+        raise Invalid("metadata: keys must not be empty")
+    for key, value in patch.items():
+        if value is None:
+            metadata.pop(key, None)
+        else:
+            metadata[key] = value

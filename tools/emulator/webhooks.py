@@ -1,0 +1,176 @@
+"""The webhook sender: one endpoint, Standard Webhooks signatures, three attempts.
+
+Documented: headers, body, at most three attempts with a jittered backoff of 5 to 120 s, a redirect that disables the
+endpoint, nothing replayed. The response timeout is not published, so it is a parameter. Backoff runs on the emulator's
+clock; the signed timestamp is real time, because receivers reject one that is more than five minutes from theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import random
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import httpx2
+
+from .clock import stamp
+from .engine import Engine
+from .state.ids import new_id
+
+ATTEMPTS = 3
+SHORTEST_DELAY_SECONDS = 5.0
+LONGEST_DELAY_SECONDS = 120.0
+TIMEOUT_SECONDS = 10.0
+REDIRECTED = "auto-disabled: endpoint URL returned a redirect (3xx)"
+_random = random.SystemRandom()
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One attempt. `status` is the receiver's answer, `error` the reason there was none; `ms` is how long it took."""
+
+    webhook_id: str
+    type: str
+    session_id: str
+    attempt: int
+    status: int | None
+    error: str | None
+    at: datetime
+    ms: int
+
+    @property
+    def is_ok(self) -> bool:
+        return self.status is not None and 200 <= self.status < 300
+
+
+@dataclass(frozen=True)
+class Notification:
+    """A transition that a webhook tells of; `at` is the moment of the transition."""
+
+    type: str
+    session_id: str
+    at: datetime
+
+
+def signing_key(key: str) -> bytes:
+    """The bytes of a `whsec_` key in either base64 alphabet, padded or not; ValueError when it is none."""
+    encoded = key.removeprefix("whsec_").rstrip("=").translate(str.maketrans("-_", "+/"))
+    if not key.startswith("whsec_") or not encoded:
+        raise ValueError("a webhook key looks like whsec_<base64>")
+    return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+
+
+def signature(key: bytes, webhook_id: str, timestamp: int, body: str) -> str:
+    digest = hmac.new(key, f"{webhook_id}.{timestamp}.{body}".encode(), hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode()}"
+
+
+def delay_after(attempt: int) -> float:
+    """Seconds of backoff after the first or second attempt: 5 to 10, then 20 to 40."""
+    base = SHORTEST_DELAY_SECONDS * 4.0 ** (attempt - 1)
+    return min(LONGEST_DELAY_SECONDS, base * _random.uniform(1, 2))
+
+
+class WebhookSender:
+    """Delivers from the event loop; every event is a task of its own, so a slow receiver delays no other."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        key: str,
+        url: str | None,
+        types: Collection[str] | None,
+        timeout: float,
+        on_delivery: Callable[[Delivery], None],
+    ) -> None:
+        self._engine = engine
+        self._key = signing_key(key)
+        self._types = types
+        self._timeout = timeout
+        self._on_delivery = on_delivery
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: httpx2.AsyncClient | None = None
+        self.url = url
+        self.disabled_reason: str | None = None
+        self.is_paused = False
+
+    def register(self, url: str | None) -> None:
+        """A new endpoint, or none. It also enables again; nothing is replayed."""
+        self.url = url
+        self.disabled_reason = None
+
+    async def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._client = httpx2.AsyncClient(timeout=self._timeout, follow_redirects=False, trust_env=False)
+
+    async def close(self) -> None:
+        """Give up what is not delivered: a server that is gone retries nothing."""
+        self._loop = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.aclose()
+
+    def notify(self, notification: Notification) -> None:
+        """Start a delivery, from any thread. Without an endpoint, paused or before the start it is lost, as there."""
+        is_wanted = self._types is None or notification.type in self._types
+        if self._loop is not None and self.url is not None and is_wanted and not self.is_paused:
+            self._loop.call_soon_threadsafe(self._start, notification, self.url)
+
+    def _start(self, notification: Notification, url: str) -> None:
+        task = asyncio.ensure_future(self._deliver(notification, url))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _deliver(self, notification: Notification, url: str) -> None:
+        data = {"type": notification.type, "id": notification.session_id, **_OWNER}
+        webhook_id = new_id("whe")
+        body = json.dumps({"type": "event", "id": webhook_id, "created_at": stamp(notification.at), "data": data})
+        for attempt in range(1, ATTEMPTS + 1):
+            if self.disabled_reason is not None or self.url != url:
+                return
+            delivery = await self._attempt(notification, webhook_id, url, body, attempt)
+            self._on_delivery(delivery)
+            if delivery.is_ok:
+                return
+            if delivery.status is not None and 300 <= delivery.status < 400:
+                self.disabled_reason = REDIRECTED
+                return
+            if attempt < ATTEMPTS:
+                due = self._engine.clock.now() + timedelta(seconds=delay_after(attempt))
+                await self._engine.wait_for_instant(due)
+
+    async def _attempt(
+        self, notification: Notification, webhook_id: str, url: str, body: str, attempt: int
+    ) -> Delivery:
+        assert self._client is not None  # noqa: S101 - tasks start after open()
+        timestamp = int(time.time())
+        headers = {
+            "content-type": "application/json",
+            "webhook-id": webhook_id,
+            "webhook-timestamp": str(timestamp),
+            "webhook-signature": signature(self._key, webhook_id, timestamp, body),
+        }
+        at = self._engine.clock.now()
+        started = time.monotonic()
+        status: int | None = None
+        error: str | None = None
+        try:
+            response = await self._client.post(url, content=body, headers=headers)
+            status = response.status_code
+        except httpx2.HTTPError as failure:
+            error = type(failure).__name__
+        ms = round((time.monotonic() - started) * 1000)
+        return Delivery(webhook_id, notification.type, notification.session_id, attempt, status, error, at, ms)
+
+
+_OWNER = {"organization_id": "org_emulator", "workspace_id": "wrkspc_emulator"}
