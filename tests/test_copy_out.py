@@ -1,0 +1,165 @@
+"""What ships works alone: every folder is copied to an empty directory, installed from its own lock and started there.
+
+A process that imports the tree would hide a file that the copy lacks; so the copy runs in a process of its own, in its
+own environment, with nothing that leads back here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tools.emulator import Emulator
+from tools.sync_shared import ROOT, VENDORED, folders, own_modules
+
+SERVE_SECONDS = 60.0
+WEBHOOK_PATH = "/webhook"
+# How a folder is started here, and the settings it needs besides the shared ones. None: its platform starts it, and the
+# test of that provider does so against its double.
+SERVERS: dict[str, dict[str, str] | None] = {
+    "local": {"LOCAL_ROOT": "{directory}/sandboxes", "ALLOW_UNISOLATED_TOOLS": "true"},
+}
+SERVED = [name for name, settings in SERVERS.items() if settings is not None]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A folder outside the tree, with its own environment."""
+
+    folder: Path
+    python: Path
+
+    def environ(self, **settings: str) -> dict[str, str]:
+        """What a person's shell has, without whatever leads back to the tree, and with `settings`."""
+        theirs = {key: value for key, value in os.environ.items() if key in {"HOME", "LANG", "SSL_CERT_FILE"}}
+        return theirs | {"PATH": f"{self.python.parent}:/usr/local/bin:/usr/bin:/bin"} | settings
+
+
+def _uv() -> str:
+    beside = Path(sys.executable).with_name("uv")
+    return str(beside) if beside.is_file() else shutil.which("uv") or "uv"
+
+
+def _copy_out(folder: Path, directory: Path) -> Copy:
+    copy, environment = directory / folder.name, directory / "environment"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".env"))
+    environ = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    done = subprocess.run(
+        [_uv(), "sync", "--frozen", "--python", sys.executable],
+        cwd=copy,
+        env=environ | {"UV_PROJECT_ENVIRONMENT": str(environment)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Copy(copy, environment / "bin/python")
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Copy]:
+    """The copies that this process has made so far, by folder."""
+    return {}
+
+
+@pytest.fixture
+def copy(request: pytest.FixtureRequest, copies: dict[str, Copy], tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    name = request.param
+    if name not in copies:
+        copies[name] = _copy_out(ROOT / "providers" / name, tmp_path_factory.mktemp("copy"))
+    return copies[name]
+
+
+@contextlib.contextmanager
+def _running(copy: Copy, emulator: Emulator, directory: Path, *argv: str) -> Iterator[subprocess.Popen[str]]:
+    own = {name: value.format(directory=directory) for name, value in (SERVERS[copy.folder.name] or {}).items()}
+    settings = {
+        "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
+        "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
+        "ANTHROPIC_BASE_URL": emulator.url,
+        "ANTHROPIC_WEBHOOK_SIGNING_KEY": emulator.webhook_key,
+        "SANDBOX_MAX_IDLE_SECONDS": "1",
+    }
+    log = directory / "log.txt"
+    with log.open("w", encoding="utf-8") as stderr:
+        process = subprocess.Popen(
+            [str(copy.python), *argv],
+            cwd=copy.folder,
+            env=copy.environ(**settings, **own),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SERVE_SECONDS) == 0
+    finally:
+        process.kill()
+        process.communicate()
+        sys.stderr.write(log.read_text(encoding="utf-8"))  # pytest shows it when the test fails
+
+
+def _say(emulator: Emulator, command: str) -> str:
+    """What the session's agent says after it ran `command` in its sandbox."""
+    session = emulator.create_session()
+    emulator.say(session, f"!{command}")
+    emulator.wait_idle(session, SERVE_SECONDS)
+    return str(emulator.events(session, "agent.message"))
+
+
+def _status_of_an_unsigned_webhook(address: str) -> int:
+    connection = http.client.HTTPConnection(address, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("POST", WEBHOOK_PATH, body=b"{}")
+        return connection.getresponse().status
+
+
+def test_every_folder_is_copied_out() -> None:
+    assert sorted(SERVERS) == [folder.name for folder in folders(ROOT)]
+
+
+@pytest.mark.parametrize("copy", SERVERS, indirect=True)
+def test_every_module_of_a_copy_can_be_imported(copy: Copy) -> None:
+    files = [*own_modules(copy.folder), *sorted((copy.folder / VENDORED).glob("*.py"))]
+    modules = [".".join(path.relative_to(copy.folder).with_suffix("").parts) for path in files]
+    program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    run = subprocess.run(
+        [str(copy.python), "-W", "error", "-c", program, *modules],
+        cwd=copy.folder,
+        env=copy.environ(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("copy", SERVED, indirect=True)
+def test_a_copy_serves_a_session_when_a_signed_webhook_arrives(copy: Copy, tmp_path: Path) -> None:
+    with Emulator() as emulator, _running(copy, emulator, tmp_path, "main.py", "--port", "0") as process:
+        assert process.stdout is not None
+        ready = re.search(r"listening on http://(127\.0\.0\.1:\d+)", process.stdout.readline())
+        assert ready, "the server did not get ready"
+        assert 400 <= _status_of_an_unsigned_webhook(ready[1]) < 500
+
+        emulator.set_webhook_url(f"http://{ready[1]}{WEBHOOK_PATH}")
+        assert "the answer is 42" in _say(emulator, "echo the answer is $((6 * 7))")
+        assert emulator.deliveries[0].is_ok
+
+
+@pytest.mark.parametrize("copy", SERVED, indirect=True)
+def test_a_copy_serves_a_session_as_an_always_on_poller(copy: Copy, tmp_path: Path) -> None:
+    with Emulator() as emulator, _running(copy, emulator, tmp_path, "-m", f"{VENDORED}.worker"):
+        assert "the answer is 42" in _say(emulator, "echo the answer is $((6 * 7))")
