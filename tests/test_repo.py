@@ -30,7 +30,7 @@ REQUIRED = ["README.md", "pyproject.toml", "uv.lock", ".env.example", "py.typed"
 SHARED_MAY_IMPORT = {"anthropic", "anyio", "standardwebhooks"}
 
 TRACKED = subprocess.run(
-    ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+    ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
     capture_output=True,
     text=True,
     check=True,
