@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
+import uuid
 from collections.abc import Awaitable
 from typing import Any
 
@@ -47,6 +49,7 @@ class Dispatcher:
         self._settings = settings
         self._provider = provider
         self._healer = Healer(client, settings)
+        self._worker_id = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"  # one a process, as the API documents it
         self._slots = asyncio.Semaphore(settings.launch_concurrency)
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
@@ -120,7 +123,9 @@ class Dispatcher:
         for attempt in range(1, POLL_ATTEMPTS + 1):
             try:
                 return await self._client.beta.environments.work.poll(
-                    self._settings.environment_id, reclaim_older_than_ms=int(RECLAIM_SECONDS * 1000)
+                    self._settings.environment_id,
+                    reclaim_older_than_ms=int(RECLAIM_SECONDS * 1000),
+                    anthropic_worker_id=self._worker_id,
                 )
             except anthropic.RateLimitError as error:
                 _log.warning(log.line("poll", error=error, reason="the API asks to slow down; the next sweep goes on"))

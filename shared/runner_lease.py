@@ -57,7 +57,8 @@ class Lease:
     @property
     def fresh(self) -> bool:
         """True while a tool may start: the lease will surely outlive the start (R5)."""
-        return not self.lost.is_set() and self.age_seconds < self.ttl_seconds - FRESH_MARGIN_SECONDS
+        margin = min(FRESH_MARGIN_SECONDS, self.ttl_seconds / 2)
+        return not self.lost.is_set() and self.age_seconds < self.ttl_seconds - margin
 
     async def wait_fresh(self) -> None:
         """Returns once a tool may start, or once the lease is lost."""
