@@ -66,11 +66,9 @@ class Engine:
         with self._changed:
             while not (value := predicate()):
                 left = deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    value = predicate()
-                    if value:
-                        return value
+                if left <= 0:
                     raise TimeoutError(f"not true within {timeout} s of real time")
+                self._changed.wait(left)
             return value
 
     # Waiting on the event loop

@@ -49,6 +49,8 @@ class Server(uvicorn.Server):
         self._engine.close()
         self.should_exit = True
         self._thread.join(STOP_SECONDS)
+        if self._thread.is_alive():
+            raise RuntimeError("the emulator did not stop")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

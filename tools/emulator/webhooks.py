@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -98,14 +99,17 @@ class WebhookSender:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: httpx2.AsyncClient | None = None
-        self.url = url
-        self.disabled_reason: str | None = None
         self.is_paused = False
+        self.register(url)
 
     def register(self, url: str | None) -> None:
-        """A new endpoint, or none. It also enables again; nothing is replayed."""
+        """A new endpoint, or none (ValueError for what is no http URL). It also enables again; nothing is replayed."""
+        if url is not None:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+                raise ValueError(f"webhook URL {url!r} is not an http or https URL")
         self.url = url
-        self.disabled_reason = None
+        self.disabled_reason: str | None = None
 
     async def open(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -148,6 +152,8 @@ class WebhookSender:
             if attempt < ATTEMPTS:
                 due = self._engine.clock.now() + timedelta(seconds=delay_after(attempt))
                 await self._engine.wait_for_instant(due)
+                if self._engine.is_closing:
+                    return
 
     async def _attempt(
         self, notification: Notification, webhook_id: str, url: str, body: str, attempt: int

@@ -67,10 +67,6 @@ class Session:
     """Everything a live stream has been sent: a message twice, first unprocessed."""
     _last_stamp: datetime | None = None
 
-    @property
-    def is_dormant(self) -> bool:
-        return self.turn is None
-
     def events(self) -> list[Event]:
         return [*self.log, *self.inbox]
 

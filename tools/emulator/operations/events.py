@@ -1,4 +1,4 @@
-"""Reading a session's events: the history by pages, and the live stream."""
+"""The endpoints of events: send, the history by pages, and the live stream."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from typing import Any
 
 from starlette.responses import Response, StreamingResponse
 
-from . import replies
-from .engine import Engine, wait_event
-from .params import EventListQuery, EventStreamQuery
-from .requests import Call
-from .state import Event, Session
+from tools.emulator import replies
+from tools.emulator.engine import Engine, wait_event
+from tools.emulator.params import EventListQuery, EventsBody, EventStreamQuery
+from tools.emulator.requests import Call
+from tools.emulator.state import Event, Session
 
 KEEP_ALIVE_SECONDS = 15.0
 _PING = 'event: ping\ndata: {"type": "ping"}\n\n'
+
+
+async def send_events(call: Call) -> dict[str, Any]:
+    call.no_query()
+    inbound = call.body(EventsBody).events
+    call.credentials.check_events(call.credential, {event.type for event in inbound})
+    with call.engine.transact() as now:
+        return {"data": call.world.send(call.path["session_id"], inbound, now)}
 
 
 async def list_events(call: Call) -> dict[str, Any]:

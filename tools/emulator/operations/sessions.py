@@ -1,0 +1,56 @@
+"""The endpoints of sessions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tools.emulator import replies
+from tools.emulator.params import SessionCreateBody, SessionListQuery, SessionUpdateBody
+from tools.emulator.requests import Call
+
+Json = dict[str, Any]
+
+
+async def create_session(call: Call) -> Json:
+    body = call.body(SessionCreateBody)
+    with call.engine.transact() as now:
+        return replies.session(call.world.create_session(body, now), now)
+
+
+async def list_sessions(call: Call) -> Json:
+    query = call.query(SessionListQuery)
+    with call.engine.transact() as now:
+        items = [
+            it
+            for it in call.world.sessions.values()
+            if (query.include_archived or it.archived_at is None)
+            and (query.statuses is None or it.status in query.statuses)
+        ]
+        items = items if query.order == "asc" else items[::-1]
+        shown, next_page = replies.page(items, lambda it: it.id, query.limit, query.page)
+        return {"data": [replies.session(it, now) for it in shown], "next_page": next_page}
+
+
+async def get_session(call: Call) -> Json:
+    call.no_query()
+    with call.engine.transact() as now:
+        return replies.session(call.world.session(call.path["session_id"]), now)
+
+
+async def update_session(call: Call) -> Json:
+    body = call.body(SessionUpdateBody)
+    with call.engine.transact() as now:
+        return replies.session(call.world.update_session(call.path["session_id"], body, now), now)
+
+
+async def archive_session(call: Call) -> Json:
+    call.no_body()
+    with call.engine.transact() as now:
+        return replies.session(call.world.archive_session(call.path["session_id"], now), now)
+
+
+async def delete_session(call: Call) -> Json:
+    call.no_body()
+    with call.engine.transact() as now:
+        call.world.delete_session(call.path["session_id"], now)
+        return {"id": call.path["session_id"], "type": "session_deleted"}
