@@ -37,7 +37,7 @@ def folders(root: Path) -> list[Path]:
 def own_modules(folder: Path) -> list[Path]:
     """The Python files of a folder that were written for it: no copies, no environments."""
     inside = (path.relative_to(folder) for path in folder.rglob("*.py"))
-    return sorted(folder / path for path in inside if not any(p == VENDORED or p[0] in "._" for p in path.parts[:-1]))
+    return sorted(folder / path for path in inside if not any(p == VENDORED or p[0] == "." for p in path.parts[:-1]))
 
 
 def manifest(root: Path, folder: Path) -> list[str]:
