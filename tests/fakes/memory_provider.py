@@ -35,7 +35,7 @@ class MemorySandbox:
         self._provider = provider
         self._directory = directory
         for name in ("workspace", "state"):
-            (directory / name).mkdir(parents=True)
+            (directory / name).mkdir(parents=True, exist_ok=True)
 
     @property
     def workspace(self) -> Path:
@@ -57,15 +57,14 @@ class MemorySandbox:
             "SANDBOX_WORKDIR": str(self.workspace),
             "SANDBOX_STATE_DIR": str(self._directory / "state"),
         }
-        with (self._directory / "runner.log").open("ab") as log:
-            runner = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", str(self._provider.runner)),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        runner = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", str(self._provider.runner)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
         self.runners.append(runner)
         assert runner.stdin is not None
         assert runner.stdout is not None
