@@ -241,3 +241,18 @@ def test_importing_the_core_reads_and_builds_nothing(module: str) -> None:
 def test_own_modules_are_those_that_are_tracked() -> None:
     for folder in FOLDERS:
         assert set(own_modules(folder)) == {path for path in SOURCES if path.is_relative_to(folder)}
+
+
+def test_make_alone_lists_every_target() -> None:
+    targets = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[0].split()
+    printed = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
+    assert sorted(re.findall(r"^  make (\S+) +\S", printed, re.MULTILINE)) == sorted(targets)
+
+
+def test_ci_runs_what_everybody_runs() -> None:
+    assert re.findall(r"^make (\w+)", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE) == ["check", "test"]
+
+
+def test_scripts_parse() -> None:
+    for script in ["tools/venv.sh", "tools/ci_setup.sh", ".ci/run"]:
+        subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
