@@ -113,11 +113,13 @@ async def test_a_graceful_stop_waits_for_the_worker(tmp_path: Path) -> None:
     """The worker beats every second at the shortest lease, so it learns of the stop within a beat."""
     with Emulator(lease_ttl=2) as emulator:
         session_id = emulator.create_session()
-        async with client_of(emulator, emulator.api_key) as client:
-            async with serving(worker_for(emulator, client, tmp_path, max_idle=60)):
-                await asyncio.to_thread(emulator.wait_until, lambda: emulator.work(session_id)["state"] == "active")
-                stopping = emulator.stop_work(session_id)
-                await asyncio.to_thread(emulator.wait_until, lambda: emulator.work(session_id)["state"] == "stopped")
+        async with (
+            client_of(emulator, emulator.api_key) as client,
+            serving(worker_for(emulator, client, tmp_path, max_idle=60)),
+        ):
+            await asyncio.to_thread(emulator.wait_until, lambda: emulator.work(session_id)["state"] == "active")
+            stopping = emulator.stop_work(session_id)
+            await asyncio.to_thread(emulator.wait_until, lambda: emulator.work(session_id)["state"] == "stopped")
         stopped = emulator.work(session_id)
 
     assert stopping["state"] == "stopping"

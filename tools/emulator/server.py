@@ -34,6 +34,8 @@ class Server(uvicorn.Server):
         self._engine = engine
         self._webhooks = webhooks
         self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._leave = asyncio.Event()
         # Bound before the thread starts: the port is known at once, and one that is taken fails in the caller.
         self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._thread = threading.Thread(target=self.run, args=([self._socket],), name="emulator", daemon=True)
@@ -46,18 +48,24 @@ class Server(uvicorn.Server):
             raise RuntimeError("the emulator did not start; see the traceback of its thread")
 
     def stop(self) -> None:
-        self._engine.close()
-        self.should_exit = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._leave.set)
         self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():
             raise RuntimeError("the emulator did not stop")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._engine.open(asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
+        self._engine.open(self._loop)
         await self._webhooks.open()
         self._time_keeper = asyncio.create_task(self._engine.keep_time())
         self._ready.set()
+
+    async def main_loop(self) -> None:
+        """Wait to be stopped, instead of looking ten times a second."""
+        await self.on_tick(0)
+        await self._leave.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._engine.close()

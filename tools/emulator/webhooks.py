@@ -100,6 +100,7 @@ class WebhookSender:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: httpx2.AsyncClient | None = None
         self.is_paused = False
+        self.wall_time: Callable[[], float] = time.time
         self.register(url)
 
     def register(self, url: str | None) -> None:
@@ -150,7 +151,7 @@ class WebhookSender:
                 self.disabled_reason = REDIRECTED
                 return
             if attempt < ATTEMPTS:
-                due = self._engine.clock.now() + timedelta(seconds=delay_after(attempt))
+                due = delivery.at + timedelta(milliseconds=delivery.ms, seconds=delay_after(attempt))
                 await self._engine.wait_for_instant(due)
                 if self._engine.is_closing:
                     return
@@ -159,7 +160,7 @@ class WebhookSender:
         self, notification: Notification, webhook_id: str, url: str, body: str, attempt: int
     ) -> Delivery:
         assert self._client is not None  # noqa: S101 - tasks start after open()
-        timestamp = int(time.time())
+        timestamp = int(self.wall_time())
         headers = {
             "content-type": "application/json",
             "webhook-id": webhook_id,

@@ -23,6 +23,7 @@ async def poll(call: Call) -> Json | None:
     if call.worker_id is not None:
         with call.engine.transact() as now:
             call.world.queue(environment_id).note_poll(call.worker_id, now)
+            call.world.changes += 1
     with call.engine.listen() as changed:
         while True:
             changed.clear()
