@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.emulator import Clock, Emulator, Switches, call, end, say, sleep, tools
+from tools.emulator import Clock, Emulator, Step, Switches, call, end, say, sleep, tools
 from tools.emulator.clock import stamp
 from tools.emulator.errors import EmulatorError
 from tools.emulator.params import (
@@ -108,7 +108,7 @@ def test_no_history_breaks_the_rules(actions: list[str], lapse: str, waiting: st
         EnvironmentCreateBody(name="e", config=SelfHosted(type="self_hosted")), START
     )
     agent = world.create_agent(AgentCreateBody(name="a", model="m"), START)
-    script = [tools(call("bash", command="a"), call("bash", command="b")), sleep(5), say("done"), end()]
+    script: list[Step] = [tools(call("bash", command="a"), call("bash", command="b")), sleep(5), say("done"), end()]
     world.default_script = script * 40
     session = world.create_session(SessionCreateBody(agent=agent.id, environment_id=environment.id), START)
     queue, now, inputs = environment.queue, START, 0
