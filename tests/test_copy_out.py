@@ -23,8 +23,9 @@ import pytest
 from tools.emulator import Emulator
 from tools.sync_shared import ROOT, VENDORED, folders, own_modules
 
-SERVE_SECONDS = 60.0
+SERVE_SECONDS = 45.0  # below the minute after which a sweep would serve without a webhook
 WEBHOOK_PATH = "/webhook"
+SERVER = ["main.py", "--host", "127.0.0.1", "--port", "0", "--no-poll"]
 # How a folder is started here, and the settings it needs besides the shared ones. None: its platform starts it, and the
 # test of that provider does so against its double.
 SERVERS: dict[str, dict[str, str] | None] = {
@@ -148,11 +149,14 @@ def test_every_module_of_a_copy_can_be_imported(copy: Copy) -> None:
 
 @pytest.mark.parametrize("copy", SERVED, indirect=True)
 def test_a_copy_serves_a_session_when_a_signed_webhook_arrives(copy: Copy, tmp_path: Path) -> None:
-    with Emulator() as emulator, _running(copy, emulator, tmp_path, "main.py", "--port", "0") as process:
+    with Emulator() as emulator, _running(copy, emulator, tmp_path, *SERVER) as process:
         assert process.stdout is not None
         ready = re.search(r"listening on http://(127\.0\.0\.1:\d+)", process.stdout.readline())
         assert ready, "the server did not get ready"
         assert 400 <= _status_of_an_unsigned_webhook(ready[1]) < 500
+
+        # Once the sweep at the start has polled and looks at the list, nothing but a webhook brings work for a minute.
+        emulator.wait_until(lambda: any(each.operation == "work.list" for each in emulator.requests), SERVE_SECONDS)
 
         emulator.set_webhook_url(f"http://{ready[1]}{WEBHOOK_PATH}")
         assert "the answer is 42" in _say(emulator, "echo the answer is $((6 * 7))")
