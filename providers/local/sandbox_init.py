@@ -1,0 +1,261 @@
+"""The first process of a sandbox: starts runners on request, sweeps up after them, ends the sandbox in order.
+
+Inside bubblewrap it is PID 1 of the sandbox's own process table; without bubblewrap it is an ordinary process that
+adopts orphans. Host processes reach it on a listening socket it inherits (its path does not exist in the sandbox), so
+several of them can share a sandbox. A request is one JSON line, for `start` followed by the files and the job: the job
+is a credential and goes from the socket to the runner's stdin, nowhere else. Standard library only, no settings but
+the JSON in its first argument.
+
+It ends by itself when the host that started it is gone (the `life` pipe reads end-of-file, also after a kill -9), on
+SIGTERM, on a `stop` request, or after `keep_warm` seconds without a runner; runners get SIGTERM and GRACE_SECONDS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import IO, Any, Final
+
+GRACE_SECONDS = 30.0  # for runners to hand over (they take up to 20 s); the host waits a little longer before it kills
+LOG_BYTES = 1 << 20  # the log starts over when it is larger
+_LINE_BYTES = 1 << 20
+_UNREAD_BYTES = 1 << 20  # a host that stops reading is dropped rather than waited for
+_KILL_ROUNDS = 200  # a process can fork while we look; each round kills what it sees
+_ROUND_SECONDS = 0.02
+_PR_SET_DUMPABLE: Final = 4
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+def confine(config: dict[str, Any]) -> None:
+    """Gives up what the runner must not have. Everything here is inherited by, or hides us from, what we start."""
+    for name in ("listen", "log", "life"):
+        os.set_inheritable(config[name], False)
+    if config["uid"]:  # started by root: become a user of the host that owns nothing but this session
+        os.setgroups([])
+        os.setresgid(config["uid"], config["uid"], config["uid"])
+        os.setresuid(config["uid"], config["uid"], config["uid"])
+    for name, value in config["rlimits"].items():
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (most, most))
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Neither our descriptors nor our memory (a job passes through it) are for a shell of the same uid. After
+    # setresuid, because a change of uid resets it.
+    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) or libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl failed")
+    Path(config["state"]).mkdir(mode=0o700, exist_ok=True)
+
+
+class Init:
+    """The sandbox's runners, and the clock that ends an unused sandbox."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        self._runners: dict[int, asyncio.Future[int]] = {}  # living ones, by pid
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._idle_until = self._loop.time()
+        self._idle_timer: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Serves until something ends the sandbox, then ends every process in it."""
+        life = self._config["life"]
+        self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        self._loop.add_signal_handler(signal.SIGTERM, self._stop, "SIGTERM")
+        self._loop.add_reader(life, self._host_is_gone, life)
+        # Listening again makes us, not the host, the peer whose pid a connecting host process sees (SO_PEERCRED).
+        await asyncio.start_unix_server(
+            self._serve, sock=socket.socket(fileno=self._config["listen"]), limit=_LINE_BYTES
+        )
+        self._keep_warm(self._config["hold"])
+        await self._stopping.wait()
+        for pid in self._runners:
+            os.kill(pid, signal.SIGTERM)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=GRACE_SECONDS)
+        self._runners.clear()  # whoever is left has lost its protection
+        await self._kill_leftovers()
+
+    def _host_is_gone(self, life: int) -> None:
+        self._loop.remove_reader(life)
+        self._stop("the host that started this sandbox is gone")
+
+    def _stop(self, reason: str) -> None:
+        if not self._stopping.is_set():
+            self._note(reason)
+            self._stopping.set()
+
+    def _keep_warm(self, seconds: float) -> None:
+        self._idle_until = max(self._idle_until, self._loop.time() + seconds)
+        if self._idle_timer:
+            self._idle_timer.cancel()
+        self._idle_timer = self._loop.call_at(self._idle_until, self._idle)
+
+    def _idle(self) -> None:
+        if not self._runners:
+            self._stop("unused")
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):  # the client left
+            request = json.loads(await reader.readline() or b"{}")
+            if request.get("do") == "start":
+                await self._start(request, reader, writer)
+            elif request.get("do") in ("hold", "renew"):
+                if request["do"] == "hold" or not self._runners:  # a runner keeps the sandbox by itself
+                    self._keep_warm(request["seconds"])
+                writer.write(json.dumps({"stopping": self._stopping.is_set()}).encode() + b"\n")
+            elif request.get("do") == "stop":
+                self._stop("stopped by a host")
+                await reader.read()  # our end closes the connection: that is the answer
+        writer.close()
+
+    async def _start(self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        files = [(path, await reader.readexactly(size)) for path, size in request["files"]]
+        job = await reader.readexactly(request["stdin"])
+        if self._stopping.is_set():
+            writer.write(b"the sandbox is stopping\n")
+            return
+        try:
+            for path, content in files:
+                _put(Path(path), content)
+            pid, stdin, stdout = _spawn(request["argv"], request["env"])
+        except OSError as error:
+            writer.write(f"the sandbox cannot start a runner: {error}\n".encode())
+            return
+        self._runners[pid] = self._loop.create_future()  # before any await: the reaper must know it
+        self._idle_until = self._loop.time()  # it was held for this start
+        output = asyncio.StreamReader(limit=_LINE_BYTES)
+        await self._loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(output), stdout)
+        sink, _ = await self._loop.connect_write_pipe(asyncio.BaseProtocol, stdin)
+        sink.write(job)
+        sink.close()  # after the job is flushed
+        task = self._loop.create_task(self._attend(pid, output, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await task
+
+    async def _attend(self, pid: int, output: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Passes a runner's output on to the log and to the client, and tidies up when the runner has ended."""
+        pump = self._loop.create_task(self._pump(output, writer))
+        code = await self._runners[pid]
+        await self._kill_leftovers()
+        await asyncio.wait({pump}, timeout=1.0)  # with the leftovers gone, the pipe has no writer but a live runner's
+        pump.cancel()
+        if code < 0 and not writer.is_closing():
+            writer.write(f"the runner was killed by {signal.Signals(-code).name}\n".encode())
+        writer.close()
+        self._note(f"runner {pid} ended with {code}")
+        self._keep_warm(self._config["keep_warm"])
+
+    async def _pump(self, output: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await output.read(1 << 16):
+            self._log(chunk)
+            if not writer.is_closing():
+                writer.write(chunk)
+                if writer.transport.get_write_buffer_size() > _UNREAD_BYTES:
+                    writer.close()
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):  # no children at all
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if waiting := self._runners.pop(ended[0], None):
+                    waiting.set_result(os.waitstatus_to_exitcode(ended[1]))
+
+    async def _kill_leftovers(self) -> None:
+        """Ends every process that cannot belong to a living runner: all when there is none, else those that began
+        before the oldest living one (a newer one may be its child, and is dealt with when that runner ends)."""
+        for _ in range(_KILL_ROUNDS):
+            table = _processes()
+            since = min((table[pid][1] for pid in self._runners if pid in table), default=sys.maxsize)
+            doomed = [pid for pid, (_, start) in table.items() if start < since and pid not in self._runners]
+            if not doomed:
+                return
+            if os.getpid() == 1 and not self._runners:
+                doomed = [-1]  # everything but us at one stroke: a fork bomb cannot outrun it
+            for pid in doomed:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(_ROUND_SECONDS)  # the kernel takes them down; the next round looks again
+        self._note("some processes did not end")
+
+    def _note(self, reason: str) -> None:
+        self._log(json.dumps({"event": "sandbox", "reason": reason}).encode() + b"\n")
+
+    def _log(self, chunk: bytes) -> None:
+        log = self._config["log"]
+        if os.fstat(log).st_size + len(chunk) > LOG_BYTES:
+            os.ftruncate(log, 0)
+        with contextlib.suppress(OSError):  # a full disk must not end the sandbox
+            os.write(log, chunk)
+
+
+def _spawn(argv: list[str], env: dict[str, str]) -> tuple[int, IO[bytes], IO[bytes]]:
+    """Starts a program in a session of its own, with no descriptors but the two pipes: (pid, its stdin, its stdout)."""
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as unless_started:
+        stdin_end, stdin = os.pipe()
+        stdout, stdout_end = os.pipe()
+        for descriptor in (stdin_end, stdout_end):
+            theirs.callback(os.close, descriptor)
+        for descriptor in (stdin, stdout):
+            unless_started.callback(os.close, descriptor)
+        onto = ((stdin_end, 0), (stdout_end, 1), (stdout_end, 2))
+        pid = os.posix_spawn(
+            argv[0],
+            argv,
+            env,
+            file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for source, target in onto],
+            setsid=True,
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores them, and a child would inherit that
+        )
+        unless_started.pop_all()
+    return pid, open(stdin, "wb", 0), open(stdout, "rb", 0)  # the event loop closes them
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Writes a file below the working directory. By rename: what the agent left at `path` (a pipe, a link) is
+    replaced, never opened."""
+    if path.is_absolute() or ".." in path.parts:
+        raise PermissionError(f"{path} is not below the working directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    fresh.write_bytes(content)
+    fresh.replace(path)
+
+
+def _processes() -> dict[int, tuple[int, int]]:
+    """Every living process below us: pid -> (parent, start in clock ticks since boot)."""
+    table: dict[int, tuple[int, int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone since the listing
+                fields = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if fields[0] != "Z":
+                    table[int(entry)] = (int(fields[1]), int(fields[19]))
+    below: dict[int, tuple[int, int]] = {}
+    todo = [os.getpid()]
+    while todo:
+        parent = todo.pop()
+        children = {pid: entry for pid, entry in table.items() if entry[0] == parent}
+        below |= children
+        todo += children
+    return below
+
+
+async def _main(config: dict[str, Any]) -> None:
+    await Init(config).run()
+
+
+if __name__ == "__main__":
+    _config = json.loads(sys.argv[1])
+    confine(_config)
+    asyncio.run(_main(_config))
