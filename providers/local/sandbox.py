@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 Isolation = Literal["bubblewrap", "none"]
 
+GRACE_SECONDS = 30.0  # for a runner to hand over once it is told to; it takes up to 20 s
 ACQUIRED_SECONDS = 60.0  # an acquired sandbox waits at least this long for its `start`
 _COLLECT_SECONDS = 5.0  # between init's end and bubblewrap's
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
@@ -81,11 +82,11 @@ class LocalSettings:
     )
     pids: int = setting("LOCAL_PIDS", "Processes and threads of one sandbox.", parse=count, default=256)
     file_mb: int = setting("LOCAL_FILE_MB", "The largest file a sandbox can write, in MiB.", parse=count, default=1024)
-    readable: tuple[Path, ...] = setting(
+    readable: tuple[Path, ...] | None = setting(
         "LOCAL_READABLE",
         "More directories of this machine that every sandbox may read, separated by colons: custom tools, toolchains.",
         parse=_paths,
-        default=(),
+        default=None,
     )
     allow_unisolated: bool = setting(
         "ALLOW_UNISOLATED_TOOLS",
@@ -116,7 +117,7 @@ def open_provider(environ: Mapping[str, str], settings: Settings) -> LocalProvid
         memory_mb=own.memory_mb,
         pids=own.pids,
         file_mb=own.file_mb,
-        readable=own.readable,
+        readable=own.readable or (),
         certificates=environ.get("SSL_CERT_FILE", ""),
     )
 
@@ -137,6 +138,7 @@ class LocalProvider:
         memory_mb: int = 2048,
         pids: int = 256,
         file_mb: int = 1024,
+        grace_seconds: float = GRACE_SECONDS,
         readable: Sequence[Path] = (),
         certificates: str = "",
     ) -> None:
@@ -144,6 +146,7 @@ class LocalProvider:
         self._root = root
         self._isolated = isolation == "bubblewrap"
         self._keep_warm_seconds = keep_warm_seconds
+        self._grace_seconds = grace_seconds
         self._runner = (runner or here / "_shared" / "sandbox_runner.py").absolute()
         self._init = here / "sandbox_init.py"
         self._python = python
@@ -165,7 +168,7 @@ class LocalProvider:
             async with place.locked(create=True) as created:
                 answer = await place.ask(request)
                 if answer and answer["stopping"]:
-                    await place.end()
+                    await place.end(self._grace_seconds)
                 if answer is None or answer["stopping"]:
                     self._boot(place)
                     if await place.ask(request) is None:
@@ -198,14 +201,14 @@ class LocalProvider:
             async with place.locked(create=False) as found:
                 if not found:
                     return
-                await place.end()
+                await place.end(self._grace_seconds)
                 rubbish = place.set_aside()
             await asyncio.to_thread(session.delete, rubbish)
 
     async def close(self) -> None:
         """Ends the sandboxes this process started; their runners hand over first. The files stay."""
         with _mapped():
-            await asyncio.gather(*(place.end() for place in list(self._watchers.values())))
+            await asyncio.gather(*(place.end(self._grace_seconds) for place in list(self._watchers.values())))
         for watcher in list(self._watchers):
             await asyncio.to_thread(watcher.join, _COLLECT_SECONDS)
 
@@ -223,7 +226,7 @@ class LocalProvider:
             limits["RLIMIT_NPROC"] = self._pids
         environment = self._environment(place)
         config = {"uid": uid, "state": environment["SANDBOX_STATE_DIR"], "rlimits": limits}
-        config |= {"keep_warm": self._keep_warm_seconds, "hold": ACQUIRED_SECONDS}
+        config |= {"keep_warm": self._keep_warm_seconds, "hold": ACQUIRED_SECONDS, "grace": self._grace_seconds}
         process, life = place.boot(self._init_command(place, uid), config, environment)
         watcher = threading.Thread(target=self._watch, args=(process, life), daemon=True)
         self._watchers[watcher] = place

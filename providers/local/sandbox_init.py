@@ -7,7 +7,7 @@ is a credential and goes from the socket to the runner's stdin, nowhere else. St
 the JSON in its first argument.
 
 It ends by itself when the host that started it is gone (the `life` pipe reads end-of-file, also after a kill -9), on
-SIGTERM, on a `stop` request, or after `keep_warm` seconds without a runner; runners get SIGTERM and GRACE_SECONDS.
+SIGTERM, on a `stop` request, or after `keep_warm` seconds without a runner; runners get SIGTERM and `grace` seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import sys
 from pathlib import Path
 from typing import IO, Any, Final
 
-GRACE_SECONDS = 30.0  # for runners to hand over (they take up to 20 s); the host waits a little longer before it kills
 LOG_BYTES = 1 << 20  # the log starts over when it is larger
 _LINE_BYTES = 1 << 20
 _UNREAD_BYTES = 1 << 20  # a host that stops reading is dropped rather than waited for
@@ -82,7 +81,7 @@ class Init:
         for pid in self._runners:
             os.kill(pid, signal.SIGTERM)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=GRACE_SECONDS)
+            await asyncio.wait(self._tasks, timeout=self._config["grace"])
         self._runners.clear()  # whoever is left has lost its protection
         await self._kill_leftovers()
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_SECONDS = 15.0  # init answers within milliseconds; a busy machine may take seconds to start Python
-STOP_SECONDS = 35.0  # longer than the grace init gives its runners
+FORCE_SECONDS = 5.0  # after the grace init gives its runners
 _POLL_SECONDS = 0.05
 _LINE_BYTES = 1 << 20
 _BACKLOG = 128
@@ -87,13 +87,13 @@ class Session:
             return None
         return json.loads(answer) if answer.endswith(b"\n") else None
 
-    async def end(self) -> None:
+    async def end(self, grace_seconds: float) -> None:
         """Ends the sandbox: in order, or by force when it does not follow. Returns when it has ended."""
         with contextlib.suppress(*NOT_LISTENING):
             async with self.connected() as (reader, writer):
                 writer.write(b'{"do": "stop"}\n')
                 try:
-                    async with asyncio.timeout(STOP_SECONDS):
+                    async with asyncio.timeout(grace_seconds + FORCE_SECONDS):
                         await reader.read()  # init's end closes the connection
                 except TimeoutError:
                     _kill_init(writer.get_extra_info("socket"))
@@ -211,9 +211,16 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
+def peer(connection: socket.socket) -> int:
+    """The pid of the process that listens at the other end."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid
+
+
 def _kill_init(connection: socket.socket) -> None:
     """SIGKILLs the process at the other end, if that is an init: its sandbox goes with it."""
-    pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
+    pid = peer(connection)
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         if b"sandbox_init.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)

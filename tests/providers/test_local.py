@@ -8,10 +8,7 @@ from typing import Any
 import pytest
 
 from tests.contract import CUSTOM_TOOLS, ProviderContract
-from tests.folders import load_folder
-from tests.providers.local_support import needs_bubblewrap
-
-LOCAL = load_folder("local")
+from tests.providers.local_support import LOCAL, needs_bubblewrap
 
 
 class LocalContract(ProviderContract):
