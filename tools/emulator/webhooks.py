@@ -126,9 +126,10 @@ class WebhookSender:
             await self._client.aclose()
 
     def notify(self, notification: Notification) -> None:
-        """Start a delivery, from any thread. Without an endpoint, paused or before the start it is lost, as there."""
+        """Start a delivery, from any thread. Without an enabled endpoint, paused or before the start it is lost."""
         is_wanted = self._types is None or notification.type in self._types
-        if self._loop is not None and self.url is not None and is_wanted and not self.is_paused:
+        is_enabled = self.disabled_reason is None and not self.is_paused
+        if self._loop is not None and self.url is not None and is_wanted and is_enabled:
             self._loop.call_soon_threadsafe(self._start, notification, self.url)
 
     def _start(self, notification: Notification, url: str) -> None:
