@@ -56,17 +56,27 @@ def create_app(host: Host | None = None, *, poll: bool = True) -> FastAPI:
         app.state.verifier, app.state.wake = served.verifier, dispatcher.wake
         stop = asyncio.Event()
         working = asyncio.create_task(worker.run(dispatcher, stop=stop, poll=poll))
-        working.add_done_callback(_end_with_the_worker)
+        working.add_done_callback(end_with_the_worker)
         _log.info(log.line("serving", provider=served.provider.name))
-        yield
-        stop.set()
-        await dispatcher.close(worker.SHUTDOWN_SECONDS)
-        working.cancel()
-        await asyncio.wait([working])
-        await served.provider.close()
-        _log.info(log.line("stopped", provider=served.provider.name))
+        try:
+            yield
+        finally:
+            stop.set()
+            await dispatcher.close(worker.SHUTDOWN_SECONDS)
+            working.cancel()
+            await asyncio.wait([working])
+            await served.provider.close()
+            _log.info(log.line("stopped", provider=served.provider.name))
+
+    def end_with_the_worker(working: asyncio.Task[None]) -> None:
+        """Without its sweep this process would look well and lose sessions: it ends, to be started again."""
+        if not working.cancelled() and (error := working.exception()) is not None:
+            _log.critical(log.line("failed", error=error), exc_info=error)
+            app.state.failed = True
+            signal.raise_signal(signal.SIGTERM)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.failed = False
     app.add_api_route("/webhook", webhook, methods=_METHODS)
     app.add_api_route("/healthz", healthz, methods=["GET"])
     return app
@@ -87,33 +97,28 @@ async def healthz() -> dict[str, bool]:
     return {"ok": True}
 
 
-def _end_with_the_worker(working: asyncio.Task[None]) -> None:
-    """Without its sweep this process would look well and lose sessions: it ends, to be started again."""
-    if not working.cancelled() and (error := working.exception()) is not None:
-        _log.critical(log.line("failed", error=error), exc_info=error)
-        signal.raise_signal(signal.SIGTERM)
-
-
-def _exit(number: int, _frame: FrameType | None) -> None:
-    sys.exit(0)
-
-
 def main() -> int:
-    """The command line. Exit codes: 0 told to stop, 2 a setting is wrong."""
+    """The command line. Exit codes: 0 told to stop, 1 the poller failed, 2 a setting is wrong."""
     parser = argparse.ArgumentParser(description="Serves webhooks and polls. Settings: see README.md.")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="the port, 0 for a free one (%(default)s)")
     parser.add_argument("--no-poll", action="store_true", help="rely on webhooks and the sweep each minute")
     options = parser.parse_args()
     log.configure()
-    for number in (signal.SIGINT, signal.SIGTERM):  # also what uvicorn raises again once it has shut down in order
-        signal.signal(number, _exit)
     try:
-        app = create_app(Host.from_env(os.environ), poll=not options.no_poll)
-        listener = socket.create_server((options.host, options.port))
+        host = Host.from_env(os.environ)
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        listener = socket.create_server((options.host, options.port), family=family)
     except (SandboxesError, OSError) as error:
         _log.error(log.line("settings", reason=str(error)))
         return 2
+    app = create_app(host, poll=not options.no_poll)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(1 if app.state.failed else 0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has shut down in order
+        signal.signal(number, leave)
     address, port = listener.getsockname()[:2]
     sys.stdout.write(f"listening on http://{address}:{port}\n")
     sys.stdout.flush()

@@ -202,14 +202,16 @@ class LocalProvider:
                 if not found:
                     return
                 await place.end(self._grace_seconds)
-                rubbish = place.set_aside()
-            await asyncio.to_thread(session.delete, rubbish)
+                place.set_aside()
+            for rubbish in await asyncio.to_thread(self._rubbish):  # ours, and what a killed host left half deleted
+                await asyncio.to_thread(session.delete, rubbish)
 
     async def close(self) -> None:
         """Ends the sandboxes this process started; their runners hand over first. The files stay."""
+        started = dict(self._watchers)
         with _mapped():
-            await asyncio.gather(*(place.end(self._grace_seconds) for place in list(self._watchers.values())))
-        for watcher in list(self._watchers):
+            await asyncio.gather(*(place.end(self._grace_seconds) for place in started.values()))
+        for watcher in started:
             await asyncio.to_thread(watcher.join, _COLLECT_SECONDS)
 
     def _session(self, session_id: str) -> session.Session | None:
@@ -217,6 +219,9 @@ class LocalProvider:
 
     def _names(self) -> list[str]:
         return sorted(os.listdir(self._root)) if self._root.is_dir() else []
+
+    def _rubbish(self) -> list[Path]:
+        return list(self._root.glob(f"{session.RELEASED}*"))
 
     def _boot(self, place: session.Session) -> None:
         uid = bubblewrap.uid_for(place.directory.name) if self._isolated else 0

@@ -27,6 +27,7 @@ from typing import Any
 
 ANSWER_SECONDS = 15.0  # init answers within milliseconds; a busy machine may take seconds to start Python
 FORCE_SECONDS = 5.0  # after the grace init gives its runners
+RELEASED = ".released-"  # how the name of a directory starts that is being deleted
 _POLL_SECONDS = 0.05
 _LINE_BYTES = 1 << 20
 _BACKLOG = 128
@@ -69,7 +70,7 @@ class Session:
             elif not self.directory.is_dir():
                 yield False
                 return
-            if (descriptor := _try_lock(self.directory / "lock")) is not None:
+            if (descriptor := _try_lock(self.directory / "lock", os.O_RDWR | os.O_CREAT)) is not None:
                 try:
                     yield made or not create
                 finally:
@@ -170,11 +171,10 @@ class Session:
             return ""
         return "\n".join(text.splitlines()[-lines:]) if lines > 0 else ""
 
-    def set_aside(self) -> Path:
+    def set_aside(self) -> None:
         """Takes the directory out of the root at one stroke, so that nobody finds half a session. To be deleted."""
-        rubbish = self.directory.with_name(f".released-{uuid.uuid4().hex}")
+        rubbish = self.directory.with_name(f"{RELEASED}{uuid.uuid4().hex}")
         self.directory.rename(rubbish)
-        return rubbish
 
     @contextlib.contextmanager
     def _address(self) -> Iterator[str]:
@@ -187,18 +187,25 @@ class Session:
 
 
 def delete(directory: Path) -> None:
-    """Deletes a tree in which nothing runs any more, also directories the agent made unreadable. Follows no links."""
-    for parent, names, _ in os.walk(directory):
-        for path in (os.path.join(parent, name) for name in names):
-            if not os.path.islink(path):
-                os.chmod(path, 0o700)  # before the walk goes down into it
-    shutil.rmtree(directory)
+    """Deletes a tree in which nothing runs any more, also directories the agent made unreadable. Follows no links.
+    Leaves it to whoever is deleting it already."""
+    descriptor = _try_lock(directory, os.O_RDONLY | os.O_DIRECTORY)
+    if descriptor is None:
+        return
+    try:
+        for parent, names, _ in os.walk(directory):
+            for path in (os.path.join(parent, name) for name in names):
+                if not os.path.islink(path):
+                    os.chmod(path, 0o700)  # before the walk goes down into it
+        shutil.rmtree(directory)
+    finally:
+        os.close(descriptor)
 
 
-def _try_lock(path: Path) -> int | None:
+def _try_lock(path: Path, flags: int) -> int | None:
     """A descriptor that holds the lock, or None: it is held, or the session was released meanwhile."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         return None
     try:
