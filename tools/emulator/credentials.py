@@ -29,6 +29,7 @@ class Kind(StrEnum):
 API = frozenset({Kind.API_KEY})
 WORKER = frozenset({Kind.ENVIRONMENT_KEY, Kind.SESSIONS_TOKEN})
 ANY = API | WORKER
+STORES = API | {Kind.SESSIONS_TOKEN}
 
 MATRIX: dict[str, frozenset[Kind]] = {
     "work.poll": frozenset({Kind.ENVIRONMENT_KEY}),
@@ -43,6 +44,15 @@ MATRIX: dict[str, frozenset[Kind]] = {
     "events.list": ANY,
     "events.stream": ANY,
     "events.send": ANY,
+    "skills.get": ANY,
+    "skills.versions": ANY,
+    "skills.version": ANY,
+    "skills.content": ANY,
+    "memories.list": STORES,
+    "memories.get": STORES,
+    "memories.create": STORES,
+    "memories.update": STORES,
+    "memories.delete": STORES,
 }
 """Operations that are not listed take the API key only (inferred: workers have no business there)."""
 
@@ -63,12 +73,13 @@ class Credentials:
     def __init__(self, api_key: str, switches: Switches) -> None:
         self._switches = switches
         self._known: dict[str, Credential] = {api_key: Credential(Kind.API_KEY)}
+        self._handed_out: dict[tuple[str, datetime], str] = {}
 
     def add_environment_key(self, key: str, environment_id: str) -> None:
         self._known[key] = Credential(Kind.ENVIRONMENT_KEY, environment_id)
 
     def secret_for(self, item: WorkItem, now: datetime) -> str | None:
-        """Mint the secret of a hand-out. Each has a token of its own and the older ones stay good (open fact)."""
+        """The secret of a hand-out. What a repeated hand-out does to the older token is open: a switch."""
         match self._switches.secret:
             case "null":
                 return None
@@ -78,10 +89,21 @@ class Credentials:
                 extra = {"ingress_token": "emulator-ingress", "sources": [{"type": "none"}]}
             case _:
                 extra = {}
-        token = new_sessions_token()
+        token = self._token_for(item)
         self._known[token] = Credential(Kind.SESSIONS_TOKEN, item.environment_id, item.session_id, now)
         payload = json.dumps({"sessions_token": token, **extra})
         return base64.urlsafe_b64encode(payload.encode()).decode().rstrip("=")
+
+    def _token_for(self, item: WorkItem) -> str:
+        """A token for this hand-out; `queued_at` tells repetitions from the hand-out after a re-queue."""
+        hand_out = (item.id, item.queued_at)
+        before = self._handed_out.get(hand_out)
+        if before is not None and self._switches.repeated_secret == "same":  # noqa: S105 - a switch
+            return before
+        if before is not None and self._switches.repeated_secret == "fresh_only":  # noqa: S105 - a switch
+            del self._known[before]
+        self._handed_out[hand_out] = token = new_sessions_token()
+        return token
 
     def kind_of(self, value: str | None) -> str:
         """For the request log."""
@@ -99,6 +121,9 @@ class Credentials:
     def authorise(self, credential: Credential, operation: str, path: dict[str, str], world: World) -> None:
         """Raise Forbidden or Unauthenticated unless the credential is good for this operation on this object."""
         if self._switches.credentials == "strict" and credential.kind not in MATRIX.get(operation, API):
+            raise Forbidden(f"{operation} does not accept {_ARTICLE[credential.kind]}")
+        is_token = credential.kind is Kind.SESSIONS_TOKEN
+        if is_token and operation.startswith("skills.") and not self._switches.sessions_token_may_read_skills:
             raise Forbidden(f"{operation} does not accept {_ARTICLE[credential.kind]}")
         if credential.kind is Kind.API_KEY:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Self, TypeVar
 
@@ -51,7 +52,7 @@ class Emulator:
     ) -> None:
         if lease_ttl < 1:
             raise ValueError("lease_ttl is at least 1 second")
-        switches = switches or Switches()
+        switches = replace(switches or Switches())  # a copy of its own: `switch` changes it
         self.clock = clock or Clock()
         self.api_key = api_key or new_api_key()
         self.environment_key = environment_key or new_environment_key()
@@ -71,6 +72,18 @@ class Emulator:
         self._credentials.add_environment_key(self.environment_key, environment.id)
         agent = AgentCreateBody(name="emulator", model="claude-opus-5-5", tools=[TOOLSET])
         self.agent_id = self._world.create_agent(agent, self.clock.now()).id
+
+    # Switches
+
+    @property
+    def switches(self) -> Switches:
+        """The open facts as this emulator plays them."""
+        return self._engine.switches
+
+    def switch(self, **values: Any) -> None:
+        """Play them differently from now on; ValueError for a name or a value that does not exist."""
+        with self._engine.transact():
+            self._engine.switches.change(values)
 
     # Life
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 class Engine:
     def __init__(self, clock: Clock, switches: Switches, lease_ttl: timedelta, notify: Notify) -> None:
         self.clock = clock
+        self.switches = switches
         self.world = World(switches, lease_ttl, notify, clock.now())
         self.is_closing = False
         self._changed = threading.Condition(threading.RLock())

@@ -25,7 +25,7 @@ def work(item: WorkItem, secret: str | None = None) -> Json:
         "id": item.id,
         "type": "work",
         "environment_id": item.environment_id,
-        "data": {"type": "session", "id": item.session_id},
+        "data": {"type": item.kind, "id": item.session_id},
         "state": item.state,
         "metadata": dict(item.metadata),
         "secret": secret,

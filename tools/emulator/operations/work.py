@@ -6,6 +6,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from starlette.responses import Response
+
 from tools.emulator import replies
 from tools.emulator.engine import wait_event
 from tools.emulator.params import HeartbeatQuery, PageQuery, PollQuery, StopBody, WorkUpdateBody
@@ -57,7 +59,7 @@ async def heartbeat(call: Call) -> Json:
         return replies.heartbeat(queue.get(call.path["work_id"]), is_extended=is_extended)
 
 
-async def stop(call: Call) -> Json:
+async def stop(call: Call) -> Json | Response:
     """200 with the item as the stop left it (recorded); a re-queue that follows shows on the next look."""
     call.no_query()
     body = call.body(StopBody)
@@ -65,7 +67,7 @@ async def stop(call: Call) -> Json:
         item = call.world.queue(call.path["environment_id"]).stop(call.path["work_id"], now, force=body.force)
         reply = replies.work(item)
         call.world.stopped(item, now)
-        return reply
+        return Response(status_code=204) if call.engine.switches.stop_reply == 204 else reply
 
 
 async def list_work(call: Call) -> Json:

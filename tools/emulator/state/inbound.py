@@ -6,26 +6,31 @@ from collections.abc import Sequence
 
 from tools.emulator.errors import Invalid
 from tools.emulator.params import CustomToolResult, Inbound, ToolConfirmation, UserInterrupt, UserToolResult
+from tools.emulator.switches import Switches
 
+from .answers import is_ignored
 from .sessions import OpenCall, Session
 
 
-def check(session: Session, inbound: Sequence[Inbound]) -> None:
+def check(session: Session, inbound: Sequence[Inbound], switches: Switches) -> None:
     """Raise Invalid for the first event the session cannot take.
 
-    Inferred: a result for an unknown or already answered call is a 400, and so is one for a call nobody has confirmed.
+    Inferred: a result for an unknown call is a 400, and one for a call nobody has confirmed. One for a call
+    that is closed is a 400 too, unless a switch lets it pass.
     """
     if session.status == "terminated":
         raise Invalid(f"session {session.id} is terminated")
     waiting = dict(session.turn.open_calls) if session.turn else {}
     late = dict(session.left_open)
     confirmed = {id_ for id_, open_call in waiting.items() if open_call.is_confirmed}
+    answered: set[str] = set()
     for event in inbound:
         match event:
             case UserInterrupt(session_thread_id=thread) if thread not in (None, session.thread_id):
                 raise Invalid(f"session_thread_id: {thread} is not a thread of session {session.id}")
             case UserInterrupt():
-                late.update(waiting)
+                if switches.interrupted_call == "left_open":
+                    late.update(waiting)
                 confirmed.update(waiting)  # what nobody waits for needs no verdict any more
                 waiting.clear()
             case ToolConfirmation(tool_use_id=id_):
@@ -34,10 +39,10 @@ def check(session: Session, inbound: Sequence[Inbound]) -> None:
                 confirmed.add(id_)
                 if event.result == "deny":
                     del waiting[id_]
-            case UserToolResult(tool_use_id=id_):
-                _check_result(waiting, late, confirmed, id_, "tool_use_id", is_custom=False)
-            case CustomToolResult(custom_tool_use_id=id_):
-                _check_result(waiting, late, confirmed, id_, "custom_tool_use_id", is_custom=True)
+            case UserToolResult(tool_use_id=id_) | CustomToolResult(custom_tool_use_id=id_):
+                if id_ in waiting or id_ in late or not is_ignored(session, id_, switches, is_answered=id_ in answered):
+                    _check_result(waiting, late, confirmed, id_, is_custom=isinstance(event, CustomToolResult))
+                answered.add(id_)
 
 
 def _check_result(
@@ -45,10 +50,10 @@ def _check_result(
     late: dict[str, OpenCall],
     confirmed: set[str],
     id_: str,
-    field: str,
     *,
     is_custom: bool,
 ) -> None:
+    field = "custom_tool_use_id" if is_custom else "tool_use_id"
     open_call = waiting.get(id_) or late.get(id_)
     if open_call is None:
         raise Invalid(f"{field}: {id_} is not an open call of this session")

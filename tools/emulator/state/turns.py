@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from tools.emulator.agents import Call, End, Error, Say, Sleep, ToolResult, Tools, shell_agent
+from tools.emulator.switches import Switches
 
 from .sessions import INPUT_TOKENS, OUTPUT_TOKENS, Event, OpenCall, Session, Turn, text_of
 
@@ -26,8 +27,9 @@ _EVALUATION = {"allow": "always_allow", "ask": "always_ask"}
 class Turns:
     """The model's side of all sessions."""
 
-    def __init__(self, notify: Notify) -> None:
+    def __init__(self, notify: Notify, switches: Switches) -> None:
         self._notify = notify
+        self._switches = switches
 
     # Input
 
@@ -86,11 +88,20 @@ class Turns:
         session.record(event, now)
         turn, session.turn = session.turn, None
         if turn is not None:
-            session.left_open.update(turn.open_calls)
             self._close_request(session, turn, now)
+            self._leave(session, turn, now)
             _drop_rest(turn)
         self._idle(session, END_TURN, now)
         self.start_next(session, now)
+
+    def _leave(self, session: Session, turn: Turn, now: datetime) -> None:
+        """What becomes of the calls of an interrupted turn is open: a switch."""
+        if self._switches.interrupted_call == "left_open":
+            session.left_open.update(turn.open_calls)
+            return
+        content = [{"type": "text", "text": "The call was interrupted."}]
+        for call_id in turn.open_calls:
+            session.emit("agent.tool_result", now, tool_use_id=call_id, content=content, is_error=True)
 
     def _resolve(self, session: Session, turn: Turn, result: ToolResult, now: datetime) -> None:
         del turn.open_calls[result.tool_use_id]

@@ -34,6 +34,8 @@ class WorkItem:
     created_at: datetime
     queued_at: datetime
     ttl: timedelta
+    kind: str = "session"
+    """`session`, or `healthcheck`: an item workers must skip and force-stop (SDK)."""
     state: str = "queued"
     metadata: dict[str, str] = field(default_factory=dict)
     started_at: datetime | None = None
@@ -43,6 +45,10 @@ class WorkItem:
     stopped_at: datetime | None = None
     last_stopped_at: datetime | None = None
     """Like `stopped_at`, but kept through a re-queue: the age of the tokens of the claim that ended then."""
+    is_frozen: bool = False
+    """Acknowledged while `never_beaten` is `frozen`: no lease runs before the first beat."""
+    epoch: int = 0
+    """How many leases the item has had: a first beat takes the next one. No server shows it."""
 
     @property
     def is_live(self) -> bool:
@@ -53,7 +59,7 @@ class WorkItem:
         """When the lease ends: a TTL after the last beat, or (inferred) after the ack of an item never beaten."""
         if self.state not in LEASED:
             return None
-        last = self.latest_heartbeat_at or self.acknowledged_at
+        last = self.latest_heartbeat_at or (None if self.is_frozen else self.acknowledged_at)
         return last + self.ttl if last else None
 
     @property
@@ -74,7 +80,7 @@ class WorkQueue:
         self._polled: dict[str, datetime] = {}
 
     def enqueue(self, session_id: str, now: datetime) -> WorkItem:
-        """Queue the session unless it has a live item. A re-queue keeps the id and `created_at` (inferred)."""
+        """Queue the session unless it has a live item. A re-queue keeps the id (recorded)."""
         item = self.of_session(session_id)
         if item is None:
             work_id = session_id if self._switches.work_id == "session_id" else new_id("work")
@@ -84,8 +90,15 @@ class WorkQueue:
             self._requeue(item, now)
         return item
 
+    def add_healthcheck(self, now: datetime) -> WorkItem:
+        item = WorkItem(new_id("work"), self.environment_id, new_id("hchk"), now, now, self._ttl, kind="healthcheck")
+        self._items[item.id] = item
+        return item
+
     def _requeue(self, item: WorkItem, now: datetime) -> None:
         item.state = "queued"
+        if self._switches.created_at_after_requeue == "new":
+            item.created_at = now
         item.queued_at = now
         item.ttl = self._ttl
         item.started_at = item.acknowledged_at = item.latest_heartbeat_at = None
@@ -130,13 +143,16 @@ class WorkQueue:
         return item
 
     def ack(self, work_id: str, now: datetime) -> WorkItem:
-        """`queued` to `starting`. A second ack changes nothing and succeeds (inferred); a stopped item is gone."""
+        """`queued` to `starting`. Any other ack changes nothing; its status is open, two switches."""
         item = self.get(work_id)
-        if item.state == "stopped":
-            raise NotFound(f"work item {work_id} is stopped")
         if item.state == "queued":
             item.state = "starting"
             item.acknowledged_at = now
+            item.is_frozen = self._switches.never_beaten == "frozen"
+        elif item.state == "stopped" and self._switches.ack_on_stopped == 404:
+            raise NotFound(f"work item {work_id} is stopped")
+        elif item.state == "stopped" or self._switches.ack_on_claimed == 409:
+            raise Conflict(f"work item {work_id} is {item.state}")
         return item
 
     # Lease
@@ -155,6 +171,7 @@ class WorkQueue:
             raise HeartbeatPreconditionFailed(self.lease_state(item))
         item.latest_heartbeat_at = max(now, item.latest_heartbeat_at + TICK) if item.latest_heartbeat_at else now
         item.ttl = ttl or item.ttl
+        item.epoch += item.state == "starting"
         item.state = "active"
         return True
 
@@ -204,7 +221,8 @@ class WorkQueue:
             raise Conflict(f"work item {work_id} is already stopped")
         item.stop_requested_at = item.stop_requested_at or now
         if force or item.state in ("queued", "starting"):
-            self._end(item, now)
+            is_apart = force and self._switches.force_stop_stamps == "different"
+            self._end(item, max(now, item.stop_requested_at + TICK) if is_apart else now)
         else:
             item.state = "stopping"
         return item

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
 from tools.emulator.agents import Step
+from tools.emulator.clock import stamp
 from tools.emulator.errors import Invalid, NotFound
 from tools.emulator.params import (
     AgentCreateBody,
@@ -26,6 +27,7 @@ from tools.emulator.params import (
 )
 from tools.emulator.switches import Switches
 
+from .answers import refuse_when_stranded
 from .catalog import Agent, Environment
 from .ids import new_id
 from .inbound import check
@@ -40,7 +42,7 @@ class World:
         self._lease_ttl = lease_ttl
         self._notify = notify
         self._started_at = now
-        self._turns = Turns(notify)
+        self._turns = Turns(notify, switches)
         self.environments: dict[str, Environment] = {}
         self.agents: dict[str, Agent] = {}
         self.sessions: dict[str, Session] = {}
@@ -187,7 +189,9 @@ class World:
     def send(self, session_id: str, inbound: Sequence[Inbound], now: datetime) -> list[Event]:
         """Take all events or none. Anything that gives a worker something to do queues a session without live work."""
         session = self.session(session_id)
-        check(session, inbound)
+        check(session, inbound, self._switches)
+        item = self.queue(session.environment_id).of_session(session_id)
+        refuse_when_stranded(session, item, inbound, self._switches)
         self.changes += 1
         sent = [self._take(session, each, now) for each in inbound]
         self._queue_again(session, inbound, now)
@@ -205,6 +209,8 @@ class World:
             case ToolConfirmation():
                 self._turns.confirm(session, event | {"session_thread_id": None}, now)
             case UserToolResult(tool_use_id=call_id) | CustomToolResult(custom_tool_use_id=call_id):
+                if call_id not in session.pending_ids() and call_id not in session.left_open:
+                    return event | {"session_thread_id": None, "processed_at": stamp(now)}  # ignored, and not kept
                 self._turns.take_result(session, event | {"session_thread_id": None}, call_id, now)
         return next(logged for logged in session.log if logged["id"] == event["id"])
 
