@@ -42,7 +42,7 @@ class Reply:
 
 async def handle(request: Request, *, verifier: Verifier, wake: Callable[[WebhookEvent], None]) -> Reply:
     """Answers one request to the webhook URL. `wake` must return at once: it starts a drain and does not wait."""
-    if request.method.upper() != "POST":
+    if request.method != "POST":
         return _refuse(405, "only POST is answered here", allow="POST")
     if any(not request.headers.get(name) for name in _SIGNATURE_HEADERS):
         return _refuse(401, "the webhook signature is missing")

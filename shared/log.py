@@ -1,6 +1,7 @@
 """Logging: stdlib loggers, key=value with a fixed set of keys, and one formatter that takes secrets out.
 
-A vendor's exception is logged by its type (`error=`), never by its text: the text can embed requests and tokens.
+A vendor's exception is logged by its type (`error=`), never by its text: the text can embed requests and tokens. One
+that no table maps is a bug, and is logged with its traceback, which the formatter redacts like everything else.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import TextIO
 
 KEYS = ("action", "provider", "session", "work", "sandbox", "attempt", "ms", "error", "reason")
 
-_PLAIN = re.compile(r"[^\s\"=]+\Z")
+_PLAIN = re.compile(
+    r"[!#-<>-~]+\Z"
+)  # printable ASCII without space, quote and equals sign: ends no line, moves no cursor
 _SECRETS = re.compile(
     r"sk-ant-[\w.\-]+"  # API, environment and sessions keys
     r"|whsec_[\w+/=\-]+"
@@ -37,7 +40,7 @@ def line(action: str, **values: object) -> str:
 
 def _value(value: object) -> str:
     text = type(value).__name__ if isinstance(value, BaseException) else str(value)
-    return text if _PLAIN.match(text) else json.dumps(text, ensure_ascii=False)
+    return text if _PLAIN.match(text) else json.dumps(text)
 
 
 class RedactingFormatter(logging.Formatter):

@@ -99,15 +99,18 @@ async def read_ready(lines: AsyncIterator[bytes]) -> Started:
     output, such as a traceback, is kept for the error's text. Raises `LaunchFailed` when the runner ends before ready.
     """
     last_words = ""
-    async for raw in lines:
-        line = raw.decode("utf-8", "replace").strip()
-        record = _record(line)
-        if record is None:
-            last_words = line or last_words
-        elif record.get("event") == "ready":
-            return Started("ready")
-        elif record.get("event") == "exit":
-            return _ended(record.get("code"), str(record.get("reason", "")))
+    try:
+        async for raw in lines:
+            line = raw.decode("utf-8", "replace").strip()
+            record = _record(line)
+            if record is None:
+                last_words = line or last_words
+            elif record.get("event") == "ready":
+                return Started("ready")
+            elif record.get("event") == "exit":
+                return _ended(record.get("code"), str(record.get("reason", "")))
+    except ValueError:  # asyncio.StreamReader, for a line longer than its limit
+        raise LaunchFailed("the runner's output is no log of a runner", retriable=True) from None
     raise LaunchFailed(
         f"the runner ended before it was ready: {last_words[-_TEXT_LIMIT:] or 'no output'}", retriable=True
     )
@@ -116,12 +119,13 @@ async def read_ready(lines: AsyncIterator[bytes]) -> Started:
 def _record(line: str) -> dict[str, object] | None:
     try:
         parsed = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return parsed if isinstance(parsed, dict) else None
 
 
 def _ended(code: object, reason: str) -> Started:
+    code = code if isinstance(code, int) else None
     if code in _NOT_NEEDED_EXITS:
         return Started("not_needed")
     text = f"the runner exited with {code} before it was ready: {reason[:_TEXT_LIMIT] or 'no reason given'}"

@@ -8,9 +8,11 @@ are generated from both (`make sync`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from .errors import SettingsError
 
@@ -23,6 +25,13 @@ _FALSE = frozenset({"0", "false", "no", "off"})
 
 def text(value: str) -> str:
     """Any non-empty text."""
+    return value
+
+
+def credential(value: str) -> str:
+    """A key that fits an HTTP header: an HTTP library would quote another in its error."""
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("expected one word of ASCII: copy it again")
     return value
 
 
@@ -53,7 +62,12 @@ def seconds(value: str) -> float:
 
 def url(value: str) -> str:
     """An http or https URL, without a trailing slash."""
-    if not value.startswith(("https://", "http://")):
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("https", "http") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
         raise ValueError("expected a URL that starts with https:// or http://")
     return value.rstrip("/")
 
@@ -75,13 +89,14 @@ def setting(
     return field(default=default, repr=not secret, metadata=metadata)
 
 
-def load(cls: type[T], environ: Mapping[str, str]) -> T:
+def load(cls: type[T], environ: Mapping[str, str], known_problems: Sequence[str] = ()) -> T:
     """Reads `cls` (a dataclass of `setting()` fields) from `environ`. An empty value counts as unset.
 
-    Raises `SettingsError` naming every missing and every unusable setting; values are never quoted.
+    Raises `SettingsError` naming every missing and every unusable setting beside what the caller has found; values are
+    never quoted.
     """
     values: dict[str, Any] = {}
-    problems: list[str] = []
+    problems = list(known_problems)
     for declared in fields(cls):  # type: ignore[arg-type]
         raw = _raw(declared, environ)
         if raw is None:
@@ -117,6 +132,7 @@ class Settings:
     environment_key: str = setting(
         "ANTHROPIC_ENVIRONMENT_KEY",
         "The environment's key, from the Console. It stays on the host and never enters a sandbox.",
+        parse=credential,
         secret=True,
     )
     base_url: str = setting(
@@ -185,8 +201,7 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
         """Reads the settings, and refuses an organisation API key on the host: nothing here needs one, and a leak of
         it would cost more than this host is worth."""
+        problems = []
         if environ.get("ANTHROPIC_API_KEY", "").strip():
-            raise SettingsError(
-                "ANTHROPIC_API_KEY is set: remove it, a sandbox host works with the environment key only"
-            )
-        return load(cls, environ)
+            problems.append("ANTHROPIC_API_KEY is set: remove it, a sandbox host works with the environment key only")
+        return load(cls, environ, problems)

@@ -51,6 +51,7 @@ class Verifier:
                 "ANTHROPIC_WEBHOOK_SIGNING_KEY is not set: without it nothing tells a webhook from a stranger"
             )
         self._keys = [normalise_key(key) for key in keys]
+        # The SDK offers its check on a client only. This one opens no connection, so there is nothing to close.
         self._webhooks = AsyncAnthropic(auth_token="unused", base_url="http://unused.invalid").beta.webhooks  # noqa: S106
 
     def verify(self, body: bytes, headers: Mapping[str, str]) -> WebhookEvent:
@@ -67,6 +68,8 @@ class Verifier:
                 event = self._webhooks.unwrap(text, headers=headers, key=key)
             except (WebhookVerificationError, ValueError):  # binascii.Error and JSONDecodeError are ValueErrors
                 continue
+            except RecursionError:
+                raise WebhookRejected("the body is nested too deeply") from None
             data = getattr(event, "data", None)
             return WebhookEvent(
                 id=str(getattr(event, "id", "")),
