@@ -11,18 +11,36 @@ from pathlib import Path
 from . import runner_process
 from .runner_job import EXIT_CANNOT_RUN, EXIT_OK
 
+BASH = Path("/bin/bash")  # the SDK's bash tool starts exactly this
 _SECRET_FILES = ("environ", "mem", "maps", "fd/0")
+# Opens each file of another process (opening is what the kernel checks) and prints the names it may open.
+_OPEN = """
+import os, sys
+for name in sys.argv[2:]:
+    try:
+        os.open(f"/proc/{sys.argv[1]}/{name}", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        continue
+    print(name)
+"""
 
 
-def check(emit: Callable[..., None], workdir: Path, state_directory: Path) -> int:
+def check(
+    emit: Callable[..., None],
+    workdir: Path,
+    state_directory: Path,
+    *,
+    bash: Path = BASH,
+    hide: Callable[[], bool] = runner_process.hide,
+) -> int:
     """Emits one `check` line each and returns the exit code."""
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
         ("python", _python),
         ("sdk", _sdk),
-        ("bash", _bash),
+        ("bash", lambda: "" if os.access(bash, os.X_OK) else f"the SDK's bash tool needs {bash}"),
         ("workdir", lambda: _writable(workdir)),
         ("state", lambda: _writable(state_directory)),
-        ("hidden", _hidden),
+        ("hidden", lambda: _hidden(hide)),
     )
     problems = 0
     for name, attempt in checks:
@@ -44,10 +62,6 @@ def _sdk() -> str:
     return ""
 
 
-def _bash() -> str:
-    return "" if os.access("/bin/bash", os.X_OK) else "the SDK's bash tool needs /bin/bash"
-
-
 def _writable(directory: Path) -> str:
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -59,14 +73,19 @@ def _writable(directory: Path) -> str:
     return ""
 
 
-def _hidden() -> str:
-    """Whether a process of our user, like the agent's shell, can read this one."""
+def _hidden(hide: Callable[[], bool]) -> str:
+    """R11: whether a process of our user, like the agent's shell, can read this one."""
     if os.getuid() == 0:
         return "the runner is root: the agent's shell could read its token; run the sandbox as an ordinary user"
-    if not runner_process.hide():
-        return "this system cannot hide the runner from the agent's shell"
-    me = os.getpid()
-    for name in _SECRET_FILES:
-        if subprocess.run(["/bin/cat", f"/proc/{me}/{name}"], capture_output=True, check=False).returncode == 0:
-            return f"a process of the same user can read /proc/<runner>/{name}"
+    try:
+        if not hide():
+            return "this system cannot hide the runner from the agent's shell"
+    except OSError as error:
+        return f"this system cannot hide the runner from the agent's shell: {error.strerror}"
+    reader = [sys.executable, "-I", "-S", "-c", _OPEN, str(os.getpid()), *_SECRET_FILES]
+    looked = subprocess.run(reader, capture_output=True, text=True, check=False)
+    if looked.returncode != 0:
+        return "no other process could be started to look at this one"
+    if readable := looked.stdout.split():
+        return f"a process of the same user can read /proc/<runner>/{readable[0]}"
     return ""

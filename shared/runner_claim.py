@@ -14,13 +14,15 @@ from anthropic import AsyncAnthropic
 from anthropic.types.beta.environments import BetaSelfHostedWorkHeartbeatResponse
 
 from .runner_job import RunnerJob
-from .runner_lease import NO_HEARTBEAT, Lease, lease_state, note_beat
+from .runner_lease import NO_HEARTBEAT, REFUSED, UNDECIDED, Lease, lease_state, note_beat
 from .runner_lock import LeaseState
 
 CALL_TIMEOUT_SECONDS = 10.0
 BEAT_SECONDS = 30.0  # the SDK's longest pause between two heartbeats
+SETTLE_SECONDS = BEAT_SECONDS + CALL_TIMEOUT_SECONDS  # a runner that beats has beaten by then
+_SETTLE_ATTEMPTS = 3
+_PAUSE_SECONDS = 2.0
 _CANNOT_MATCH = "2000-01-01T00:00:00.000000Z"  # no live item has this heartbeat
-_REFUSED = (401, 403, 404)
 
 
 class NotOurs(Exception):
@@ -57,38 +59,51 @@ async def probe(api: AsyncAnthropic, job: RunnerJob) -> LeaseState | None:
     return LeaseState(answer.state, answer.last_heartbeat or None)
 
 
-async def ack_and_claim(api: AsyncAnthropic, job: RunnerJob, lease: Lease) -> None:
+async def ack_and_claim(
+    api: AsyncAnthropic, job: RunnerJob, lease: Lease, *, settle_seconds: float = SETTLE_SECONDS
+) -> None:
     """Returns once `lease` is ours, or the server wants the item stopped (`lease.stopping`). Raises `NotOurs`."""
     try:
         await api.beta.environments.work.ack(job.work_id, environment_id=job.environment_id)
     except anthropic.APIStatusError as error:
-        if error.status_code in _REFUSED:
+        if error.status_code in REFUSED:
             raise NotOurs(f"the ack was refused ({error.status_code})") from None
         # A conflict or a server error decides nothing: the claim will tell.
     except anthropic.APIError:
         pass
+    sent_at = lease.now()
     try:
         answer = await beat(api, job, NO_HEARTBEAT)
-    except anthropic.APIStatusError as error:
-        if error.status_code < 500:
-            raise NotOurs(f"the claim was refused ({error.status_code})") from None
-        answer = await _settle_unknown_claim(api, job)
-    except anthropic.APIError:
-        answer = await _settle_unknown_claim(api, job)
-    note_beat(lease, answer)
-
-
-async def _settle_unknown_claim(api: AsyncAnthropic, job: RunnerJob) -> BetaSelfHostedWorkHeartbeatResponse:
-    """The claim was sent and not answered. If a heartbeat was recorded and then stands still for longer than a beat,
-    nobody else is beating: it is ours. If it moves, it is another runner's."""
-    first = await probe(api, job)
-    expected = NO_HEARTBEAT
-    if first is not None and first.last_heartbeat is not None:
-        await asyncio.sleep(BEAT_SECONDS + CALL_TIMEOUT_SECONDS)
-        if await probe(api, job) != first:
-            raise NotOurs("the claim was not answered, and another runner beats the item")
-        expected = first.last_heartbeat
-    try:
-        return await beat(api, job, expected)
     except anthropic.APIError as error:
-        raise NotOurs("the claim was not answered") from error
+        status = error.status_code if isinstance(error, anthropic.APIStatusError) else None
+        if status is not None and status < 500 and status not in UNDECIDED:
+            raise NotOurs(f"the claim was refused ({status})") from None
+        sent_at, answer = await _settle_unknown_claim(api, job, lease, settle_seconds)
+    note_beat(lease, answer, sent_at)
+
+
+async def _settle_unknown_claim(
+    api: AsyncAnthropic, job: RunnerJob, lease: Lease, settle_seconds: float
+) -> tuple[float, BetaSelfHostedWorkHeartbeatResponse]:
+    """The claim was sent and not answered (R2). If a heartbeat was recorded and then stands still for longer than a
+    beat, nobody else is beating: it is ours. If it moves, it is another runner's. If there is none, we claim again."""
+    for _ in range(_SETTLE_ATTEMPTS):
+        first = await probe(api, job)
+        if first is None or first.last_heartbeat is not None:
+            await asyncio.sleep(settle_seconds)
+            again = await probe(api, job)
+            if first is None or again is None:
+                continue
+            if again != first:
+                raise NotOurs("the claim was not answered, and another runner beats the item")
+        sent_at = lease.now()
+        try:
+            return sent_at, await beat(api, job, first.last_heartbeat or NO_HEARTBEAT)
+        except anthropic.APIStatusError as error:
+            if error.status_code in REFUSED:
+                raise NotOurs(f"the claim was refused ({error.status_code})") from None
+            # A 412 now: the first claim arrived late, or another runner's did. The next round tells them apart.
+        except anthropic.APIError:
+            pass
+        await asyncio.sleep(min(_PAUSE_SECONDS, settle_seconds))
+    raise NotOurs("the claim was not answered")

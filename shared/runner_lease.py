@@ -2,8 +2,9 @@
 
 The SDK's worker starts its heartbeat beside the tools, begins it with NO_HEARTBEAT, and force-stops the item on almost
 any exit. Its public hook, `AsyncAnthropic(middleware=[...])`, sees every HTTP attempt. So the runner claims by itself,
-and the middleware carries that claim on: it replaces the SDK's NO_HEARTBEAT, learns from every answer what the lease is
-worth, lets a stop through only when `may_stop` agrees, and keeps results back once they must not be sent as they are.
+and the middleware carries that claim on: it puts our last heartbeat into every beat, learns from every answer what the
+lease is worth, lets a stop through only when `may_stop` agrees, and keeps results back that must not be sent as they
+are.
 """
 
 from __future__ import annotations
@@ -23,36 +24,45 @@ from .runner_lock import LeaseState
 NO_HEARTBEAT = "NO_HEARTBEAT"
 DEFAULT_TTL_SECONDS = 300.0  # until the server's first answer; its own default
 FRESH_MARGIN_SECONDS = 60.0  # no call starts in the last minute of a lease (R5)
+REFUSED = (401, 403, 404)  # the credential or the item is gone: no later request will fare better
+UNDECIDED = (408, 409, 429)  # of the 4xx, those worth another attempt
+_LOOK_SECONDS = 1.0
+
+CallNext = Callable[[Any], Awaitable[AsyncAPIResponse[Any]]]
 
 
 class Lease:
-    """What this runner knows of its lease. One writer: the middleware (and the first claim)."""
+    """What this runner knows of its lease. One writer: the middleware (and the first claim).
 
-    def __init__(self, on_beat: Callable[[str], None]) -> None:
+    A beat counts from the moment it was sent: the server's time to live began no earlier.
+    """
+
+    def __init__(self, on_beat: Callable[[str], None], now: Callable[[], float] = runner_clock.now) -> None:
+        self.now = now
         self.ttl_seconds = DEFAULT_TTL_SECONDS
         self.last_heartbeat: str | None = None
-        self.outcome_unknown = False
-        """A beat was sent and its answer never seen: it may have been recorded (R2)."""
+        self.unknown_since: float | None = None
+        """When the first beat was sent whose answer was never seen: it may have been recorded (R2)."""
         self.lost = asyncio.Event()
         self.stopping = asyncio.Event()
         """The server said stopping or stopped: an operator's stop. The item is to be stopped, whatever is open."""
-        self._beaten_at = 0.0
+        self._beaten_at = now()
         self._beat = asyncio.Event()
         self._on_beat = on_beat
 
-    def beaten(self, last_heartbeat: str, ttl_seconds: float) -> None:
+    def beaten(self, last_heartbeat: str, ttl_seconds: float, sent_at: float) -> None:
         """A beat of ours was recorded."""
         self.last_heartbeat = last_heartbeat
         self.ttl_seconds = ttl_seconds or self.ttl_seconds
-        self.outcome_unknown = False
-        self._beaten_at = runner_clock.now()
+        self.unknown_since = None
+        self._beaten_at = sent_at
         self._beat.set()
         self._on_beat(last_heartbeat)
 
     @property
     def age_seconds(self) -> float:
-        """Seconds since the last beat that was answered, by a clock that counts suspended time."""
-        return runner_clock.now() - self._beaten_at
+        """Seconds since the last beat that was recorded, by a clock that counts suspended time."""
+        return self.now() - self._beaten_at
 
     @property
     def fresh(self) -> bool:
@@ -60,14 +70,21 @@ class Lease:
         margin = min(FRESH_MARGIN_SECONDS, self.ttl_seconds / 2)
         return not self.lost.is_set() and self.age_seconds < self.ttl_seconds - margin
 
-    async def wait_fresh(self) -> None:
-        """Returns once a tool may start, or once the lease is lost."""
-        while not self.fresh and not self.lost.is_set():
+    async def wait_fresh(self, *unless: asyncio.Event) -> None:
+        """Returns once a tool may start, or once one of `unless` is set."""
+        while not self.fresh and not any(event.is_set() for event in unless):
             self._beat.clear()
-            waits = [asyncio.ensure_future(self._beat.wait()), asyncio.ensure_future(self.lost.wait())]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
+            await first_of(self._beat.wait(), *(event.wait() for event in unless))
+
+    async def watch(self) -> None:
+        """Loses the lease once no beat was recorded for its whole time: the server may have given it away. Looks often,
+        because a sleep does not count the time a machine was suspended."""
+        while not self.lost.is_set():
+            left = self.ttl_seconds - self.age_seconds
+            if left <= 0:
+                self.lost.set()
+            else:
+                await asyncio.sleep(min(left, _LOOK_SECONDS))
 
 
 class LeaseMiddleware(Middleware):
@@ -78,12 +95,9 @@ class LeaseMiddleware(Middleware):
         self._may_stop = may_stop
         self.hold_results = False
         self.held: list[dict[str, Any]] = []
-        self.stop_refused = False
         self.stopped = False
 
-    async def handle_async(
-        self, request: APIRequest, call_next: Callable[[Any], Awaitable[AsyncAPIResponse[Any]]]
-    ) -> Any:
+    async def handle_async(self, request: APIRequest, call_next: CallNext) -> Any:
         kind = _kind(request.method, request.url)
         if kind == "heartbeat":
             return await self._heartbeat(request, call_next)
@@ -93,23 +107,23 @@ class LeaseMiddleware(Middleware):
             return await self._send(request, call_next)
         return await call_next(request)
 
-    async def _heartbeat(
-        self, request: APIRequest, call_next: Callable[[Any], Awaitable[AsyncAPIResponse[Any]]]
-    ) -> Any:
+    async def _heartbeat(self, request: APIRequest, call_next: CallNext) -> Any:
         lease = self._lease
-        if request.query_params.get("expected_last_heartbeat") == NO_HEARTBEAT and lease.last_heartbeat:
-            params = {**request.query_params, "expected_last_heartbeat": lease.last_heartbeat}
-            request = request.copy(params=params)
-        was_unknown, lease.outcome_unknown = lease.outcome_unknown, True
+        if lease.last_heartbeat is not None:  # R1: each pass of the SDK's worker begins with NO_HEARTBEAT again
+            request = request.copy(
+                params={**request.query_params, "expected_last_heartbeat": lease.last_heartbeat},
+            )
+        sent_at, unknown_since = lease.now(), lease.unknown_since
+        lease.unknown_since = sent_at if unknown_since is None else unknown_since
         response = await call_next(request)
         if response.status_code < 500:
-            lease.outcome_unknown = was_unknown
+            lease.unknown_since = unknown_since
         if response.status_code == 200:
-            note_beat(lease, await response.parse())
+            note_beat(lease, await response.parse(), sent_at)
         elif response.status_code == 412:
             current = lease_state(await _json(response))
-            if was_unknown and self._may_adopt(current):
-                lease.beaten(str(current.last_heartbeat), lease.ttl_seconds)
+            if unknown_since is not None and self._may_adopt(current):
+                lease.beaten(str(current.last_heartbeat), lease.ttl_seconds, unknown_since)
                 return BetaSelfHostedWorkHeartbeatResponse(
                     type="work_heartbeat",
                     last_heartbeat=str(current.last_heartbeat),
@@ -118,6 +132,8 @@ class LeaseMiddleware(Middleware):
                     ttl_seconds=int(lease.ttl_seconds),
                 )
             lease.lost.set()
+        elif 400 <= response.status_code < 500 and response.status_code not in UNDECIDED:
+            lease.lost.set()  # the SDK gives up on it, too, and would stop the item
         return response
 
     def _may_adopt(self, current: LeaseState) -> bool:
@@ -127,29 +143,28 @@ class LeaseMiddleware(Middleware):
             current.state == "active" and current.last_heartbeat and self._lease.age_seconds < self._lease.ttl_seconds
         )
 
-    async def _stop(self, request: APIRequest, call_next: Callable[[Any], Awaitable[AsyncAPIResponse[Any]]]) -> Any:
+    async def _stop(self, request: APIRequest, call_next: CallNext) -> Any:
         if not await self._may_stop():
-            self.stop_refused = True
             return BetaSelfHostedWork.model_construct()
         response = await call_next(request)
         self.stopped = response.status_code in (200, 204, 409)
         return response
 
-    async def _send(self, request: APIRequest, call_next: Callable[[Any], Awaitable[AsyncAPIResponse[Any]]]) -> Any:
+    async def _send(self, request: APIRequest, call_next: CallNext) -> Any:
         if self._lease.lost.is_set():  # R5: another runner answers now
             return BetaManagedAgentsSendSessionEvents(data=[])
-        if self.hold_results:
+        if self.hold_results or self._lease.stopping.is_set():
             self.held += cast("dict[str, Any]", request.json)["events"]
             return BetaManagedAgentsSendSessionEvents(data=[])
         return await call_next(request)
 
 
-def note_beat(lease: Lease, beat: BetaSelfHostedWorkHeartbeatResponse) -> None:
+def note_beat(lease: Lease, beat: BetaSelfHostedWorkHeartbeatResponse, sent_at: float) -> None:
     """Takes in one answered heartbeat."""
     if beat.state in ("stopping", "stopped") or not beat.lease_extended:
         lease.stopping.set()
     else:
-        lease.beaten(beat.last_heartbeat, beat.ttl_seconds)
+        lease.beaten(beat.last_heartbeat, beat.ttl_seconds, sent_at)
 
 
 def lease_state(body: object) -> LeaseState:
@@ -161,6 +176,17 @@ def lease_state(body: object) -> LeaseState:
         return LeaseState("unknown", None)
     last = node.get("last_heartbeat")
     return LeaseState(str(node.get("state")), last if isinstance(last, str) and last else None)
+
+
+async def first_of(*waits: Any) -> None:
+    """Returns when one of `waits` is done. A task among them goes on; a coroutine among them does not."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, wait in zip(tasks, waits, strict=True):
+            if task is not wait:
+                task.cancel()
 
 
 async def _json(response: AsyncAPIResponse[Any]) -> object:

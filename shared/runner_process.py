@@ -23,7 +23,8 @@ _KILL_ROUNDS = 50  # a process can fork while we look; each round kills what it 
 
 
 def hide() -> bool:
-    """Makes this process unreadable to others of its user. False where the system cannot (not Linux)."""
+    """R11: makes this process unreadable to others of its user. False where there is no such thing (not Linux); raises
+    `OSError` where there should be."""
     if not _LINUX:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -68,10 +69,11 @@ def kill_descendants(root: int | None = None) -> int:
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILLs `pid` first, so that it starts nothing new, and then what was below it."""
-    below = descendants(pid)
-    for each in (pid, *below):
-        _signal(each, signal.SIGKILL)
+    """SIGKILLs everything below `pid`, then `pid`. It is stopped first: it starts nothing new, and as the subreaper of
+    its tree it keeps the orphans where they are found."""
+    _signal(pid, signal.SIGSTOP)
+    kill_descendants(pid)
+    _signal(pid, signal.SIGKILL)
 
 
 def terminate(pid: int) -> None:
@@ -82,8 +84,8 @@ def terminate(pid: int) -> None:
 class OrphanReaper:
     """Collects adopted zombies, which nobody else waits for.
 
-    A child that the SDK started is collected by the event loop at once; one that is still a zombie at the second look
-    was adopted. Call `reap` every few seconds.
+    A child that the SDK started is collected by the event loop at once, one of a custom tool when the tool looks. One
+    that is still a zombie at the second look was adopted. Call `reap` once a minute.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""One session under one lease: claim, serve, leave (R4, R6).
+"""One session under one lease: claim, serve, leave (R1, R4, R6).
 
 The SDK's `EnvironmentWorker.handle_item` does the serving. Around it stand the claim before it starts, the question
 whether its stop may go through, and what happens on SIGTERM.
@@ -16,17 +16,17 @@ import anthropic
 from anthropic import AsyncAnthropic
 from anthropic.lib.environments import EnvironmentWorker
 
-from . import runner_process
-from .runner_claim import NotOurs, ack_and_claim, beat, open_api
+from .runner_claim import CALL_TIMEOUT_SECONDS, SETTLE_SECONDS, NotOurs, ack_and_claim, beat, open_api
 from .runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK, RunnerJob
-from .runner_lease import NO_HEARTBEAT, Lease, LeaseMiddleware
-from .runner_lock import Lock
+from .runner_lease import NO_HEARTBEAT, Lease, LeaseMiddleware, first_of
+from .runner_lock import Lock, Phase
 from .runner_tools import Guard, ToolFactory
 
-HANDOVER_SECONDS = 20.0  # for the SDK's teardown after SIGTERM: memory flush, stop
+TEARDOWN_SECONDS = 12.0  # for the SDK after SIGTERM: the tool's end, the memory flush, the stop
+LEAVE_SECONDS = 10.0  # then, for our own stop and the held answers
 SETUP_ATTEMPTS = 3
 SETUP_PAUSE_SECONDS = 2.0
-_REAP_SECONDS = 5.0
+_LONGEST_PAUSE_SECONDS = 30.0
 _RECENT_EVENTS = 100
 
 Emit = Callable[..., None]
@@ -34,61 +34,94 @@ Exit = tuple[int, str]
 
 
 class Session:
-    """Serves one job. `leaving` is set by SIGTERM."""
+    """Serves one job. `leaving` is set by `leave`; `kill` ends every process that the tools left behind."""
 
-    def __init__(self, job: RunnerJob, *, lock: Lock, leaving: asyncio.Event, workdir: Path, emit: Emit) -> None:
+    def __init__(
+        self,
+        job: RunnerJob,
+        *,
+        lock: Lock,
+        leaving: asyncio.Event,
+        workdir: Path,
+        emit: Emit,
+        kill: Callable[[], object],
+        settle_seconds: float = SETTLE_SECONDS,
+        pause_seconds: float = SETUP_PAUSE_SECONDS,
+    ) -> None:
         self._job = job
         self._lock = lock
         self._leaving = leaving
         self._workdir = workdir
         self._emit = emit
-        self._api = open_api(job)
-        self._lease = Lease(on_beat=lambda beat: lock.say("claimed", beat))
+        self._kill = kill
+        self._settle_seconds = settle_seconds
+        self._pause_seconds = pause_seconds
+        self._phase: Phase = "claimed"
         self._giving_up = False
+        self._api = open_api(job)
+        self._lease = Lease(on_beat=lambda beat: lock.say(self._phase, beat))
         self._middleware = LeaseMiddleware(self._lease, self._may_stop)
         self._client = open_api(job, middleware=[self._middleware], max_retries=2, timeout=60.0)
 
     async def run(self, custom_tools: ToolFactory) -> Exit:
         """From the ack to the exit code."""
-        began = time.monotonic()
-        try:
-            await ack_and_claim(self._api, self._job, self._lease)
-        except NotOurs as refused:
-            return EXIT_LEASE_LOST, str(refused)
-        self._emit("claimed", session=self._job.session_id, ms=round((time.monotonic() - began) * 1000))
-        reaper = asyncio.create_task(_reap_for_ever())
-        try:
-            return await self._serve(custom_tools)
-        finally:
-            reaper.cancel()
-            runner_process.kill_descendants()
+        async with self._api, self._client:
+            if self._leaving.is_set():
+                return EXIT_HANDED_OVER, "told to leave before the ack"
+            began = time.monotonic()
+            claiming = asyncio.create_task(
+                ack_and_claim(self._api, self._job, self._lease, settle_seconds=self._settle_seconds)
+            )
+            await first_of(claiming, self._leaving.wait())
+            await asyncio.wait([claiming], timeout=CALL_TIMEOUT_SECONDS)  # no longer than one answer takes, if leaving
+            if not claiming.done():
+                claiming.cancel()
+                return EXIT_HANDED_OVER, "told to leave before the claim was settled"
+            try:
+                claiming.result()
+            except NotOurs as refused:
+                return EXIT_LEASE_LOST, str(refused)
+            self._emit("claimed", session=self._job.session_id, ms=round((time.monotonic() - began) * 1000))
+            watch = asyncio.create_task(self._lease.watch())
+            try:
+                return await self._serve(custom_tools)
+            finally:
+                watch.cancel()
+                self._kill()
 
     # --- R4: serve until a stop may go through ---------------------------------------------------------------------
 
     async def _serve(self, custom_tools: ToolFactory) -> Exit:
+        guard = Guard(self._lease, self._leaving, self._emit, self._kill)
         worker = EnvironmentWorker(
-            self._client,
-            workdir=self._workdir,
-            tools=Guard(self._lease, self._leaving, self._emit).tools(custom_tools),
-            max_idle=self._job.max_idle_seconds,
+            self._client, workdir=self._workdir, tools=guard.tools(custom_tools), max_idle=self._job.max_idle_seconds
         )
         failures = 0
-        while True:
+        while not self._is_over:
+            self._say("claimed")
+            guard.is_set_up = False
+            began = time.monotonic()
             failure = await self._handle_item(worker)
-            if self._lease.lost.is_set():
-                return EXIT_LEASE_LOST, "the lease was lost"
-            if self._leaving.is_set():
-                return await self._hand_over()
-            if self._middleware.stopped:
-                return EXIT_OK, "stopped by the operator" if self._lease.stopping.is_set() else "the session is idle"
-            if failure is not None:
-                failures += 1
-                self._emit("retry", error=failure, attempt=failures)
-                if failures >= SETUP_ATTEMPTS:
-                    return await self._give_up(failure)
-                await _first(self._leaving.wait(), asyncio.sleep(SETUP_PAUSE_SECONDS * failures))
-            # Else new input arrived between the idle decision and the stop: serve it under the same lease.
-            self._lock.say("claimed", self._lease.last_heartbeat)
+            if self._is_over:
+                break
+            # The SDK returns for idleness no sooner than this; sooner, it had trouble, and need not have raised.
+            if guard.is_set_up and time.monotonic() - began >= max(self._job.max_idle_seconds, self._pause_seconds):
+                failures = 0
+                if failure is None:
+                    continue  # new input came between the idle decision and the stop: served under the same lease
+            failures += 1
+            failure = failure or "EndedEarly"
+            self._emit("retry", error=failure, attempt=failures)
+            if failures >= SETUP_ATTEMPTS and await self._give_up(failure):
+                return EXIT_OK, f"set-up failed {failures} times ({failure}); the agent was told"
+            pause = min(self._pause_seconds * failures, _LONGEST_PAUSE_SECONDS)
+            await first_of(self._leaving.wait(), self._lease.lost.wait(), asyncio.sleep(pause))
+        return await self._leave()
+
+    @property
+    def _is_over(self) -> bool:
+        ends = (self._leaving, self._lease.lost, self._lease.stopping)
+        return self._middleware.stopped or any(event.is_set() for event in ends)
 
     async def _handle_item(self, worker: EnvironmentWorker) -> str | None:
         """One pass of the SDK's worker. Returns the type of what ended it, if something did."""
@@ -102,10 +135,10 @@ class Session:
                 environment_key=job.environment_key,
             )
         )
-        await _first(run, self._leaving.wait())
+        await first_of(run, self._leaving.wait(), self._lease.lost.wait())
         if not run.done():
             run.cancel()
-            await asyncio.wait([run], timeout=HANDOVER_SECONDS)
+            await asyncio.wait([run], timeout=TEARDOWN_SECONDS)
         if not run.done() or run.cancelled() or (error := run.exception()) is None:
             return None
         while isinstance(error, BaseExceptionGroup):
@@ -114,7 +147,7 @@ class Session:
 
     async def _may_stop(self) -> bool:
         """Whether a stop of the SDK's worker may reach the control plane (P10)."""
-        self._lock.say("leaving", self._lease.last_heartbeat)
+        self._say("leaving")
         if self._lease.lost.is_set():
             return False
         if self._lease.stopping.is_set():
@@ -138,22 +171,24 @@ class Session:
         if session.status != "idle":
             return False
         page = await self._api.beta.sessions.events.list(self._job.session_id, order="desc", limit=_RECENT_EVENTS)
-        if any(event.type.startswith("user.") and getattr(event, "processed_at", 0) is None for event in page.data):
-            return False
-        idles = [event for event in page.data if event.type == "session.status_idle"]
-        return bool(idles) and idles[0].stop_reason.type != "requires_action"
+        for event in page.data:
+            if event.type == "session.status_idle":
+                return event.stop_reason.type != "requires_action"
+            if event.type.startswith("user.") and event.type != "user.tool_confirmation":
+                return False  # processed or not: newer than the idle
+        return False
 
     async def _lease_is_ours(self) -> bool:
-        """The fence before a stop: a heartbeat on the condition of our own last one."""
+        """The fence before a stop: a heartbeat on the condition of our own last one, which the middleware puts in."""
         try:
-            await beat(self._client.with_options(max_retries=0), self._job, NO_HEARTBEAT)
-        except anthropic.APIStatusError as error:
-            if error.status_code < 500:
-                self._lease.lost.set()
-            return False
+            await beat(self._client.with_options(max_retries=1, timeout=CALL_TIMEOUT_SECONDS), self._job, NO_HEARTBEAT)
         except anthropic.APIError:
             return False
         return True
+
+    def _say(self, phase: Phase) -> None:
+        self._phase = phase
+        self._lock.say(phase, self._lease.last_heartbeat)
 
     # --- R6: leave -------------------------------------------------------------------------------------------------
 
@@ -162,47 +197,77 @@ class Session:
         self._middleware.hold_results = True
         self._leaving.set()
 
-    async def _hand_over(self) -> Exit:
+    async def _leave(self) -> Exit:
         """The item is stopped first and the held answers follow: an answer to a session without a live item queues it
         again, for the next sandbox. Sent the other way round it would be spent on the item we are giving up."""
-        self._emit("handover", answers=len(self._middleware.held), stopped=self._middleware.stopped)
-        await self._send(self._middleware.held)
-        return EXIT_HANDED_OVER, "told to leave"
-
-    async def _give_up(self, failure: str) -> Exit:
-        """The session cannot be set up here. Its agent is told why instead of waiting for ever."""
-        self._giving_up = True
-        self._lock.say("leaving", self._lease.last_heartbeat)
+        told, held = self._leaving.is_set(), self._middleware.held
         try:
-            pending = await pending_calls(self._api, self._job.session_id)
+            async with asyncio.timeout(LEAVE_SECONDS):
+                if not self._middleware.stopped:
+                    await self._stop()
+                if told:
+                    self._emit("handover", answers=len(held), stopped=self._middleware.stopped)
+                if not self._lease.lost.is_set():
+                    await self._send(held)
+        except TimeoutError:
+            self._emit("retry", error="TimeoutError", attempt=0)  # what was not sent is the sweep's to heal
+        if self._lease.lost.is_set():
+            return EXIT_LEASE_LOST, "the lease was lost"
+        if told:
+            return EXIT_HANDED_OVER, "told to leave"
+        return EXIT_OK, "stopped by the operator" if self._lease.stopping.is_set() else "the session is idle"
+
+    async def _give_up(self, failure: str) -> bool:
+        """The session cannot be set up here. Its agent is told why instead of waiting for ever. Stop first, as in
+        `_leave`: what the agent does next gets another sandbox. False when the control plane could not be told."""
+        try:
+            pending = await pending_calls(self._api.with_options(max_retries=2), self._job.session_id)
         except anthropic.APIError:
-            pending = []
-        if await self._lease_is_ours():
-            await self._client.beta.environments.work.stop(
-                self._job.work_id, environment_id=self._job.environment_id, force=True
-            )
-            text = f"the sandbox could not be set up for this session ({failure}); nothing was run"
-            await self._send([error_result(call, text) for call in pending])
-        return EXIT_OK, f"set-up failed {SETUP_ATTEMPTS} times ({failure}); the agent was told"
+            return False
+        self._giving_up = True  # for this one stop only, not for one of the SDK's in a later pass
+        stopped = await self._stop()
+        self._giving_up = False
+        if not stopped:
+            return False
+        text = f"the sandbox could not be set up for this session ({failure}); nothing was run"
+        await self._send([error_result(call, text) for call in pending])
+        return True
+
+    async def _stop(self) -> bool:
+        """Our own stop, fenced like the SDK's. True when the item is stopped."""
+        if not self._lease.lost.is_set():
+            work = self._client.with_options(max_retries=1, timeout=CALL_TIMEOUT_SECONDS).beta.environments.work
+            try:
+                await work.stop(self._job.work_id, environment_id=self._job.environment_id, force=True)
+            except anthropic.APIError:
+                return self._middleware.stopped  # a 409 raises, and says that it is stopped
+        return self._middleware.stopped
 
     async def _send(self, events: list[dict[str, Any]]) -> None:
-        if not events:
-            return
-        sender = self._api.with_options(max_retries=3)
-        try:
-            await sender.beta.sessions.events.send(self._job.session_id, events=events)  # type: ignore[arg-type]
-        except anthropic.APIError as error:
-            self._emit("retry", error=type(error).__name__, attempt=0)  # the sweep's healing answers in our place
+        """One by one: a request with several is refused as a whole, and one of them may be answered already."""
+        events_api = self._api.with_options(max_retries=2).beta.sessions.events
+        for event in events:
+            try:
+                await events_api.send(self._job.session_id, events=[event])  # type: ignore[list-item]
+            except anthropic.APIError as error:
+                self._emit("retry", error=type(error).__name__, attempt=0)  # the sweep's healing answers in our place
 
 
 async def pending_calls(api: AsyncAnthropic, session_id: str) -> list[str]:
-    """Ids of the calls of the agent toolset that wait for a result and needed no person's word."""
+    """Ids of the calls of the agent toolset that wait for a result, and for nobody's word."""
     calls: dict[str, None] = {}
+    asked: set[str] = set()
     async for event in api.beta.sessions.events.list(session_id, limit=1000):
         if event.type == "agent.tool_use" and event.evaluated_permission == "allow":
             calls[event.id] = None
+        elif event.type == "agent.tool_use" and event.evaluated_permission == "ask":
+            asked.add(event.id)
+        elif event.type == "user.tool_confirmation" and event.result == "allow" and event.tool_use_id in asked:
+            calls[event.tool_use_id] = None
         elif event.type == "user.tool_result":
             calls.pop(event.tool_use_id, None)
+        elif event.type == "user.interrupt" and event.processed_at is not None:
+            calls.clear()  # nothing waits for them any more
     return list(calls)
 
 
@@ -210,19 +275,3 @@ def error_result(tool_use_id: str, text: str) -> dict[str, Any]:
     """The event that answers a call which did not run to its end."""
     content = [{"type": "text", "text": text}]
     return {"type": "user.tool_result", "tool_use_id": tool_use_id, "is_error": True, "content": content}
-
-
-async def _first(*waits: Any) -> None:
-    """Returns when one of `waits` is done. A task among them goes on; a coroutine among them does not."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task, wait in zip(tasks, waits, strict=True):
-        if task is not wait:
-            task.cancel()
-
-
-async def _reap_for_ever() -> None:
-    reaper = runner_process.OrphanReaper()
-    while True:
-        reaper.reap()
-        await asyncio.sleep(_REAP_SECONDS)

@@ -17,11 +17,16 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-from anthropic.lib.tools import BetaAsyncBuiltinFunctionTool, BetaFunctionToolResultType, ToolError
+from anthropic.lib.tools import (
+    BetaAsyncBuiltinFunctionTool,
+    BetaBuiltinFunctionTool,
+    BetaFunctionTool,
+    BetaFunctionToolResultType,
+    ToolError,
+)
 from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_toolset_20260401
 
-from . import runner_process
-from .runner_lease import Lease
+from .runner_lease import Lease, first_of
 
 KILL_SECONDS = 5.0  # from the moment a call must end to the moment nothing of it runs
 INTERRUPTED = "the sandbox was shut down while this ran; it may have taken effect"
@@ -36,6 +41,8 @@ def load_custom_tools(reference: str | None) -> ToolFactory:
     if reference is None:
         return lambda context: ()
     where, _, function = reference.rpartition(":")
+    if not where or not function:
+        raise ImportError("SANDBOX_TOOLS is not of the form module:function or /path/to/file.py:function")
     if where.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(where).stem, where)
         if spec is None or spec.loader is None:
@@ -45,16 +52,29 @@ def load_custom_tools(reference: str | None) -> ToolFactory:
     else:
         module = importlib.import_module(where)
     factory: ToolFactory = getattr(module, function)
+    if not callable(factory):
+        raise ImportError(f"SANDBOX_TOOLS: {function} is not a function")
     return factory
 
 
 class Guard:
-    """What stands between the SDK's dispatcher and a tool."""
+    """What stands between the SDK's dispatcher and a tool. `kill` ends every process below the runner."""
 
-    def __init__(self, lease: Lease, leaving: asyncio.Event, emit: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        lease: Lease,
+        leaving: asyncio.Event,
+        emit: Callable[..., None],
+        kill: Callable[[], object],
+        kill_seconds: float = KILL_SECONDS,
+    ) -> None:
         self._lease = lease
-        self._leaving = leaving
+        self._ends = (leaving, lease.lost, lease.stopping)
         self._emit = emit
+        self._kill = kill
+        self._kill_seconds = kill_seconds
+        self.is_set_up = False
+        """The SDK has asked for the tools: it got the session, its skills and its memory."""
 
     def tools(self, custom: ToolFactory) -> Callable[[AgentToolContext], list[Any]]:
         """The tool factory for the SDK's worker.
@@ -64,6 +84,7 @@ class Guard:
         """
 
         def build(context: AgentToolContext) -> list[Any]:
+            self.is_set_up = True
             bare = [*beta_agent_toolset_20260401(context), *custom(context)]
             return [*bare, *(GuardedTool(tool, self) for tool in bare)]
 
@@ -71,33 +92,27 @@ class Guard:
 
     async def run(self, tool: Any, tool_input: object) -> BetaFunctionToolResultType:
         """Runs one call, or raises the `ToolError` that tells the agent why it did not run to its end."""
-        await self._lease.wait_fresh()
+        await self._lease.wait_fresh(*self._ends)
         if self._must_end:
             raise ToolError(NOT_STARTED)
         began = time.monotonic()
         running = asyncio.ensure_future(_call(tool, tool_input))
-        ending = [asyncio.ensure_future(event.wait()) for event in self._ends]
         try:
-            await asyncio.wait([running, *ending], return_when=asyncio.FIRST_COMPLETED)
+            await first_of(running, *(event.wait() for event in self._ends))
         finally:
-            for wait in ending:
-                wait.cancel()
-            if not running.done():
+            if not running.done():  # it must end, or the SDK's own time limit for a call is over
                 running.cancel()
+                if self._must_end:
+                    self._kill()
                 with anyio.CancelScope(shield=True):
-                    await asyncio.wait([running], timeout=KILL_SECONDS)
-        interrupted = not running.done() or running.cancelled()
-        failed = interrupted or running.exception() is not None
-        self._emit("tool", name=tool.name, ms=round((time.monotonic() - began) * 1000), is_error=failed)
+                    await asyncio.wait([running], timeout=self._kill_seconds)
+            interrupted = not running.done() or running.cancelled()
+            failed = interrupted or running.exception() is not None
+            self._emit("tool", name=tool.name, ms=round((time.monotonic() - began) * 1000), is_error=failed)
         if interrupted:
-            runner_process.kill_descendants()
             raise ToolError(INTERRUPTED)
         result: BetaFunctionToolResultType = running.result()
         return result
-
-    @property
-    def _ends(self) -> tuple[asyncio.Event, ...]:
-        return (self._leaving, self._lease.lost, self._lease.stopping)
 
     @property
     def _must_end(self) -> bool:
@@ -123,7 +138,8 @@ class GuardedTool(BetaAsyncBuiltinFunctionTool):
 
 
 async def _call(tool: Any, tool_input: object) -> Any:
-    """A sync tool runs on a thread; one that must end is left behind there, its result dropped."""
-    if inspect.iscoroutinefunction(tool.call):
-        return await tool.call(tool_input)
-    return await anyio.to_thread.run_sync(tool.call, tool_input, abandon_on_cancel=True)
+    """As the SDK calls it. A sync tool runs on a thread; one that must end is left behind there, its result dropped."""
+    if isinstance(tool, BetaFunctionTool | BetaBuiltinFunctionTool):
+        return await anyio.to_thread.run_sync(tool.call, tool_input, abandon_on_cancel=True)
+    result = tool.call(tool_input)
+    return await result if inspect.isawaitable(result) else result

@@ -9,7 +9,9 @@ one JSON object a line: ready, claimed, tool, retry, handover, exit. Exit codes:
 69 cannot run here, 73 lock held, 76 lease lost, 143 handed over.
 
 Order (R1): hide, read the job, take the lock, load the SDK, say ready, ack, claim, and only then serve. Until the ack
-the item stays un-acked, so a runner that dies before it loses nothing: the item is offered again by itself.
+the item stays un-acked, so a runner that dies before it loses nothing: the item is offered again by itself. Nothing of
+the agent's decides what is loaded: `-I` keeps its directory, its home and its variables out, and this file adds no
+directory to the path.
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ import argparse
 import asyncio
 import json
 import os
+import select
 import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 if __name__ == "__main__" and not __package__:
-    # Run by path: this directory is the package (PEP 366). At the end of the path, so that it shadows nothing.
-    _here = Path(__file__).resolve().parent
-    sys.path.append(str(_here.parent))
-    __package__ = _here.name
+    # Run by path: this directory is a package (PEP 366), by itself and not through the path.
+    __package__ = "sandbox_runner_files"
+    sys.modules[__package__] = ModuleType(__package__)
+    sys.modules[__package__].__path__ = [str(Path(__file__).resolve().parent)]
 
 from . import runner_process
 from .runner_job import (
@@ -42,13 +46,22 @@ from .runner_job import (
 )
 from .runner_lock import LeaseState, Lock, LockHeld, take_over
 
+_REAP_SECONDS = 60.0
+_SIGNAL_SECONDS = 0.01
+_LEAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 def emit(event: str, **values: object) -> None:
-    """One line for the host. The host may be gone; the runner does not need it."""
+    """One line for the host. The host may be gone, or not reading: the runner does not need it, and does not wait."""
+    if sys.stdout is None:
+        return
+    look = select.poll()
     try:
-        sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
+        look.register(sys.stdout, select.POLLOUT)
+        if look.poll(0):
+            sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -69,7 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(job_file: Path | None) -> tuple[int, str]:
-    runner_process.hide()
+    try:
+        runner_process.hide()
+    except OSError as error:
+        return EXIT_CANNOT_RUN, f"the runner cannot be hidden from the agent's shell: {error.strerror}"
     runner_process.adopt_orphans()
     stdin = None if job_file or sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer
     try:
@@ -78,26 +94,23 @@ def _run(job_file: Path | None) -> tuple[int, str]:
         return EXIT_BAD_JOB, str(error)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
+        workdir().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return EXIT_CANNOT_RUN, f"SANDBOX_WORKDIR cannot be used: {error.strerror}"
+    try:
         lock = Lock(state_directory())
     except OSError as error:
         return EXIT_CANNOT_RUN, f"SANDBOX_STATE_DIR cannot be used: {error.strerror}"
-    try:
-        return asyncio.run(_serve(job, lock))
-    finally:
-        lock.release()
+    # Not `asyncio.run`: at its end it would wait for what the runner has given up waiting for.
+    return asyncio.new_event_loop().run_until_complete(_serve(job, lock))
 
 
 async def _serve(job: RunnerJob, lock: Lock) -> tuple[int, str]:
+    loop = asyncio.get_running_loop()
     leaving = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, leaving.set)
-
-    async def probe() -> LeaseState | None:
-        from .runner_claim import open_api, probe
-
-        return await probe(open_api(job), job)
-
-    taking = asyncio.create_task(take_over(lock, probe))
+    for number in _LEAVE_SIGNALS:
+        loop.add_signal_handler(number, leaving.set)
+    taking = asyncio.create_task(_take(job, lock))
     told = asyncio.create_task(leaving.wait())
     await asyncio.wait([taking, told], return_when=asyncio.FIRST_COMPLETED)
     told.cancel()
@@ -109,6 +122,8 @@ async def _serve(job: RunnerJob, lock: Lock) -> tuple[int, str]:
             return EXIT_OK, "a healthy runner serves this session already"
     except LockHeld as error:
         return EXIT_LOCK_HELD, str(error)
+    except OSError as error:
+        return EXIT_CANNOT_RUN, f"the lock in SANDBOX_STATE_DIR cannot be used: {error.strerror}"
 
     # Only under the lock: the SDK takes seconds and some 80 MB to load, which two runners at once would pay twice.
     try:
@@ -116,15 +131,44 @@ async def _serve(job: RunnerJob, lock: Lock) -> tuple[int, str]:
         from .runner_tools import load_custom_tools
 
         custom_tools = load_custom_tools(job.tools)
-    except (ImportError, AttributeError, OSError) as error:
+    except (ImportError, SyntaxError, AttributeError, OSError) as error:
         return EXIT_CANNOT_RUN, f"{type(error).__name__}: {error}"
-    session = Session(job, lock=lock, leaving=leaving, workdir=workdir(), emit=emit)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, session.leave)
+    kill = runner_process.kill_descendants
+    session = Session(job, lock=lock, leaving=leaving, workdir=workdir(), emit=emit, kill=kill)
+    for number in _LEAVE_SIGNALS:
+        loop.add_signal_handler(number, session.leave)
+    # A signal that came while the SDK was loading waits for the loop, which did not run meanwhile: let it. To leave now
+    # loses nothing, the item is un-acked.
+    await asyncio.sleep(_SIGNAL_SECONDS)
     if leaving.is_set():
-        return EXIT_HANDED_OVER, "told to leave before the claim"
+        return EXIT_HANDED_OVER, "told to leave before the ack"
     emit("ready")
-    return await session.run(custom_tools)
+    reaper = asyncio.create_task(_reap_for_ever())
+    try:
+        return await session.run(custom_tools)
+    finally:
+        reaper.cancel()
+
+
+async def _take(job: RunnerJob, lock: Lock) -> bool:
+    """R3. The probe loads the SDK only when there is somebody to ask about."""
+    if lock.try_take():
+        return True
+
+    async def ask() -> LeaseState | None:
+        from .runner_claim import open_api, probe
+
+        async with open_api(job) as api:
+            return await probe(api, job)
+
+    return await take_over(lock, ask)
+
+
+async def _reap_for_ever() -> None:
+    reaper = runner_process.OrphanReaper()
+    while True:
+        reaper.reap()
+        await asyncio.sleep(_REAP_SECONDS)
 
 
 def workdir() -> Path:
@@ -142,4 +186,5 @@ def state_directory() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # A sync custom tool that was left behind runs on a thread: an ordinary exit would wait for it.
+    os._exit(main())

@@ -1,0 +1,237 @@
+"""R1: the order on the wire. R2: what a lost answer to the claim means."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK
+from tests.runner.proxy import Proxy
+from tests.runner.support import in_process, operations, results, texts, until, wait_idle
+from tools.emulator import Emulator, Switches
+
+SETTLE_SECONDS = 1.6  # longer than a beat of a lease of two seconds
+
+
+@pytest.fixture
+def session_id(emulator: Emulator) -> str:
+    """A session that wants one command run."""
+    session_id = emulator.create_session()
+    emulator.say(session_id, "!echo hello")
+    return session_id
+
+
+async def test_ack_then_one_claim_then_the_session(emulator: Emulator, session_id: str, tmp_path: Path) -> None:
+    runner = await in_process(emulator, emulator.url, tmp_path)
+    assert await runner.run() == (EXIT_OK, "the session is idle")
+    done = operations(emulator)
+    assert done[:2] == ["work.ack", "work.heartbeat"]
+    assert done.index("sessions.get") in (2, 3)  # the SDK's own first beat runs beside it
+    assert texts(emulator, session_id) == ["hello"]
+    assert emulator.work(session_id)["state"] == "stopped"
+    assert [line["event"] for line in runner.lines] == ["claimed", "tool"]
+
+
+async def test_the_sdks_own_no_heartbeat_never_reaches_the_wire(
+    emulator: Emulator, session_id: str, tmp_path: Path
+) -> None:
+    await (await in_process(emulator, emulator.url, tmp_path)).run()
+    beats = [record for record in emulator.requests if record.operation == "work.heartbeat"]
+    assert [record.query["expected_last_heartbeat"] for record in beats].count(["NO_HEARTBEAT"]) == 1
+    assert [record.status for record in beats] == [200, 200, 200]  # the claim, the SDK's, the fence before the stop
+
+
+async def test_the_loser_of_the_claim_runs_nothing_and_stops_nothing(
+    emulator: Emulator, session_id: str, tmp_path: Path
+) -> None:
+    (tmp_path / "winner").mkdir()
+    loser = await in_process(emulator, emulator.url, tmp_path)
+    winner = await in_process(emulator, emulator.url, tmp_path / "winner", SANDBOX_MAX_IDLE_SECONDS="30")
+    serving = winner.start()
+    await wait_idle(emulator, session_id)
+    assert await loser.run() == (EXIT_LEASE_LOST, "the claim was refused (412)")
+    assert operations(emulator, "work.stop") == []
+    assert results(emulator, session_id) == ["hello"]
+    assert loser.lines == []
+    winner.session.leave()
+    await serving
+
+
+@pytest.mark.parametrize("status", [409, 429, 500, 529])
+async def test_an_ack_that_fails_decides_nothing(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, status: int
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    lost = proxy.lose("ack")  # acked all the same
+    assert (await runner.run())[0] == EXIT_OK
+    assert lost.times == 0
+
+    emulator.say(session_id, "!echo again")
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    proxy.answer("ack", status)  # and here it was not, so the claim decides: the item is queued still
+    assert (await runner.run())[0] == EXIT_LEASE_LOST
+    assert emulator.work(session_id)["state"] == "queued"
+    assert proxy.count("ack") == 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("operation", ["ack", "beat"])
+async def test_a_refusal_ends_the_runner_without_a_stop(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, operation: str, status: int
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    proxy.answer(operation, status)
+    what = "ack" if operation == "ack" else "claim"
+    assert await runner.run() == (EXIT_LEASE_LOST, f"the {what} was refused ({status})")
+    assert proxy.seen == (["ack"] if operation == "ack" else ["ack", "beat"])
+
+
+async def test_a_claim_answered_with_stopping_ends_in_a_stop(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    stopping = {"last_heartbeat": "", "lease_extended": False, "state": "stopping", "ttl_seconds": 300}
+    proxy.answer("beat", 200, body={"type": "work_heartbeat", **stopping})
+    assert await runner.run() == (EXIT_OK, "stopped by the operator")
+    assert proxy.seen == ["ack", "beat", "stop"]
+    assert emulator.work(session_id)["state"] == "stopped"
+
+
+@pytest.mark.parametrize("lease_ttl", [2.0])
+async def test_a_claim_that_was_recorded_but_not_answered_is_ours_when_it_stands_still(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    proxy.lose("beat")
+    assert await runner.run() == (EXIT_OK, "the session is idle")
+    assert texts(emulator, session_id) == ["hello"]
+
+
+async def test_a_claim_that_was_not_recorded_is_sent_again(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path, settle_seconds=30)  # and without waiting
+    proxy.drop("beat")
+    assert await asyncio.wait_for(runner.run(), 10) == (EXIT_OK, "the session is idle")
+
+
+@pytest.mark.parametrize("lease_ttl", [2.0])
+async def test_an_unanswered_claim_is_another_runners_when_its_heartbeat_moves(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    (tmp_path / "winner").mkdir()
+    runner = await in_process(emulator, proxy.url, tmp_path, settle_seconds=SETTLE_SECONDS)
+    winner = await in_process(emulator, emulator.url, tmp_path / "winner", SANDBOX_MAX_IDLE_SECONDS="30")
+    serving = winner.start()
+    await wait_idle(emulator, session_id)
+    proxy.drop("beat")
+    code, reason = await runner.run()
+    assert (code, reason) == (EXIT_LEASE_LOST, "the claim was not answered, and another runner beats the item")
+    assert operations(emulator, "work.stop") == []
+    winner.session.leave()
+    await serving
+
+
+async def test_a_control_plane_that_is_out_of_reach_is_not_asked_for_ever(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path, settle_seconds=0.05)
+    proxy.drop("ack")
+    proxy.drop("beat", times=100)
+    assert await runner.run() == (EXIT_LEASE_LOST, "the claim was not answered")
+    assert emulator.work(session_id)["state"] == "queued"
+
+
+async def test_sigterm_before_the_ack_asks_nothing(emulator: Emulator, proxy: Proxy, tmp_path: Path) -> None:
+    emulator.create_session()
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    runner.session.leave()
+    assert (await runner.run())[0] == EXIT_HANDED_OVER
+    assert proxy.seen == []
+
+
+async def test_sigterm_while_the_claim_is_under_way_stops_what_it_claimed(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    held = proxy.hold("beat")
+    running = runner.start()
+    await held.reached.wait()
+    runner.session.leave()
+    held.released.set()
+    assert (await running)[0] == EXIT_HANDED_OVER
+    assert proxy.seen == ["ack", "beat", "beat", "stop"]
+    assert emulator.work(session_id)["state"] == "stopped"
+    assert results(emulator, session_id) == []
+
+
+@pytest.mark.parametrize("lease_ttl", [2.0])
+async def test_a_lost_beat_is_adopted_while_the_lease_lives(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="2")
+    running = runner.start()
+    await proxy.wait_count("beat", 2)
+    lost = proxy.lose("beat")
+    assert await running == (EXIT_OK, "the session is idle")
+    assert lost.times == 0
+    statuses = [record.status for record in emulator.requests if record.operation == "work.heartbeat"]
+    assert statuses.count(412) == 1  # the beat after the lost one: ambiguous, and adopted
+
+
+@pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
+async def test_a_412_without_a_doubt_is_a_lost_lease(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    """The lease was given to another runner; our next request is the fence before the stop."""
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    running = runner.start()
+    await wait_idle(emulator, session_id)
+    emulator.advance(400)
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    assert emulator.work(session_id)["state"] == "queued"
+    assert operations(emulator, "work.stop") == []
+
+
+@pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
+@pytest.mark.parametrize("lease_ttl", [2.0])
+async def test_a_lost_beat_is_not_adopted_when_the_item_was_queued_again(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="30")
+    running = runner.start()
+    await proxy.wait_count("beat", 2)
+    lost = proxy.lose("beat")
+    await lost.reached.wait()
+    emulator.advance(5)
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    assert operations(emulator, "work.stop") == []
+
+
+@pytest.mark.parametrize("lease_ttl", [2.0])
+async def test_a_lease_without_an_answer_for_its_whole_time_is_lost(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    """R5: by the runner's own clock; the SDK would go on waiting for its first answer for 90 s."""
+    runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="30")
+    running = runner.start()
+    await wait_idle(emulator, session_id)
+    proxy.drop("beat", times=1000)
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    await until(emulator, lambda: emulator.work(session_id)["state"] == "stopped")
+    assert operations(emulator, "work.stop") == []
+
+
+@pytest.mark.parametrize("status", [401, 404])
+async def test_a_refused_beat_is_a_lost_lease(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, status: int
+) -> None:
+    """The SDK stops the item on it; we cannot know whose it is (P10)."""
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    running = runner.start()
+    await wait_idle(emulator, session_id)
+    proxy.answer("beat", status, times=1000)
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    assert operations(emulator, "work.stop") == []

@@ -1,0 +1,302 @@
+"""R5 and R6 in this process: what SIGTERM and a lost lease do to a call, its answer and the item."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anthropic.lib.tools import ToolError, beta_async_tool, beta_tool
+
+from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST
+from shared.runner_lease import Lease
+from shared.runner_tools import INTERRUPTED, NOT_STARTED, Guard, ToolFactory
+from tests.runner.proxy import Proxy
+from tests.runner.support import eventually, in_process, operations, results, texts, until, wait_file, wait_idle
+from tools.emulator import Emulator, Switches, call, custom, end, repeat_output, tools
+
+HANDED_OVER = (EXIT_HANDED_OVER, "told to leave")
+SLOW = "![ -e begun ] || { echo 1 > begun; sleep 300; }; echo went on"
+
+
+@pytest.fixture
+def session_id(emulator: Emulator) -> str:
+    return emulator.create_session()
+
+
+async def test_sigterm_in_a_call_stops_first_and_answers_then_so_that_the_next_runner_goes_on(
+    emulator: Emulator, session_id: str, tmp_path: Path
+) -> None:
+    emulator.say(session_id, SLOW)
+    runner = await in_process(emulator, emulator.url, tmp_path)
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    runner.session.leave()
+    runner.session.leave()  # twice is once
+    assert await asyncio.wait_for(running, 5) == HANDED_OVER
+    assert operations(emulator)[-3:] == ["work.heartbeat", "work.stop", "events.send"]
+    assert results(emulator, session_id) == [INTERRUPTED]
+    assert runner.events("handover") == [{"event": "handover", "answers": 1, "stopped": True}]
+    assert runner.kills > 0
+    assert emulator.work(session_id)["state"] == "queued"
+
+    emulator.say(session_id, "!echo and on")
+    successor = await in_process(emulator, emulator.url, tmp_path)
+    await successor.run()
+    assert texts(emulator, session_id) == [f"Error: {INTERRUPTED}", "and on"]
+
+
+async def test_sigterm_starts_no_further_call(emulator: Emulator, session_id: str, tmp_path: Path) -> None:
+    slow = call("bash", command="echo 1 > begun; sleep 300")
+    emulator.set_script(session_id, [tools(slow, call("bash", command="echo 2 > second")), repeat_output, end()])
+    emulator.say(session_id, "go")
+    runner = await in_process(emulator, emulator.url, tmp_path)
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    runner.session.leave()
+    assert await running == HANDED_OVER
+    assert not (tmp_path / "workspace" / "second").exists()
+    assert results(emulator, session_id) == [INTERRUPTED]
+    successor = await in_process(emulator, emulator.url, tmp_path)
+    await successor.run()
+    assert (tmp_path / "workspace" / "second").exists()  # the next runner's to run
+
+
+async def test_sigterm_while_idle_stops_and_has_nothing_to_answer(
+    emulator: Emulator, session_id: str, tmp_path: Path
+) -> None:
+    emulator.say(session_id, "!echo hello")
+    runner = await in_process(emulator, emulator.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="60")
+    running = runner.start()
+    await wait_idle(emulator, session_id)
+    runner.session.leave()
+    assert await running == HANDED_OVER
+    assert emulator.work(session_id)["state"] == "stopped"
+    assert runner.events("handover") == [{"event": "handover", "answers": 0, "stopped": True}]
+
+
+@pytest.mark.parametrize("operation", ["session", "list", "stream"])
+async def test_sigterm_during_set_up_ends_it(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, operation: str
+) -> None:
+    emulator.say(session_id, "!echo hello")
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    held = proxy.hold(operation)
+    running = runner.start()
+    await held.reached.wait()
+    runner.session.leave()
+    assert await running == HANDED_OVER
+    assert emulator.work(session_id)["state"] == "stopped"
+    assert proxy.count("stop") == 1
+    assert not runner.events("tool")
+
+
+async def test_sigterm_between_two_attempts_to_set_up(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, proxy.url, tmp_path, pause_seconds=60)
+    proxy.answer("session", 500, times=4)
+    running = runner.start()
+    await eventually(lambda: runner.events("retry"))
+    runner.session.leave()
+    assert await running == HANDED_OVER
+    assert proxy.count("stop") == 1
+
+
+@pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
+async def test_sigterm_when_the_lease_is_another_runners_stops_and_answers_nothing(
+    emulator: Emulator, session_id: str, tmp_path: Path
+) -> None:
+    emulator.say(session_id, SLOW)
+    runner = await in_process(emulator, emulator.url, tmp_path)
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    emulator.advance(400)
+    runner.session.leave()
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    assert operations(emulator, "work.stop", "events.send") == []
+    assert emulator.work(session_id)["state"] == "queued"
+
+
+async def test_the_held_answer_goes_out_even_when_the_stop_could_not(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    emulator.say(session_id, SLOW)
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    proxy.answer("stop", 500, times=1000)
+    runner.session.leave()
+    assert await running == HANDED_OVER
+    assert runner.events("handover") == [{"event": "handover", "answers": 1, "stopped": False}]
+    assert results(emulator, session_id) == [INTERRUPTED]
+
+
+@pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
+@pytest.mark.parametrize("lease_ttl", [2.0])
+async def test_a_lost_lease_ends_the_call_and_drops_its_answer(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    emulator.say(session_id, SLOW)
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    emulator.advance(5)
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    assert runner.kills > 0
+    assert proxy.count("send") == 0
+    assert proxy.count("stop") == 0
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """Ends the threads that were left behind, with the test."""
+    release = threading.Event()
+    yield release
+    release.set()
+
+
+def blocking(begun: threading.Event, release: threading.Event) -> ToolFactory:
+    @beta_tool
+    def slow() -> str:
+        """Blocks its thread."""
+        begun.set()
+        release.wait(60)
+        return "late"
+
+    return lambda context: [slow]
+
+
+async def test_a_sync_tool_is_left_behind_on_its_thread(
+    emulator: Emulator, session_id: str, tmp_path: Path, release: threading.Event
+) -> None:
+    begun = threading.Event()
+    emulator.set_script(session_id, [custom("slow"), repeat_output, end()])
+    emulator.say(session_id, "go")
+    runner = await in_process(emulator, emulator.url, tmp_path)
+    running = runner.start(blocking(begun, release))
+    assert await asyncio.to_thread(begun.wait, 20)
+    runner.session.leave()
+    assert await asyncio.wait_for(running, 5) == HANDED_OVER
+    assert results(emulator, session_id) == [INTERRUPTED]
+
+
+class Bench:
+    """A guard with a tool or two, and no control plane."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.lines: list[dict[str, Any]] = []
+        self.killed = 0
+        self.leaving = asyncio.Event()
+        self.lease = Lease(on_beat=lambda beat: None, now=lambda: self.time)
+        self.lease.beaten("a", 300, sent_at=0.0)
+        self.guard = Guard(self.lease, self.leaving, self._emit, self._kill, kill_seconds=0.3)
+
+    def _emit(self, event: str, **values: Any) -> None:
+        self.lines.append(values)
+
+    def _kill(self) -> None:
+        self.killed += 1
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+@beta_async_tool
+async def quick() -> str:
+    """Answers at once."""
+    return "done"
+
+
+@beta_async_tool
+async def slow() -> str:
+    """Answers never."""
+    await asyncio.sleep(300)
+    return "never"
+
+
+async def test_a_call_waits_for_a_beat_when_the_last_is_too_old(bench: Bench) -> None:
+    bench.time = 241
+    calling = asyncio.create_task(bench.guard.run(quick, {}))
+    await asyncio.wait([calling], timeout=0.05)
+    assert not calling.done()
+    bench.lease.beaten("b", 300, sent_at=241)
+    assert await calling == "done"
+
+
+@pytest.mark.parametrize("ends", ["leaving", "lost", "stopping"])
+async def test_a_call_that_waits_for_a_beat_does_not_outlast_its_runner(bench: Bench, ends: str) -> None:
+    bench.time = 241
+    calling = asyncio.create_task(bench.guard.run(quick, {}))
+    await asyncio.sleep(0)
+    (bench.leaving if ends == "leaving" else getattr(bench.lease, ends)).set()
+    with pytest.raises(ToolError, match=NOT_STARTED):
+        await calling
+
+
+@pytest.mark.parametrize("ends", ["leaving", "lost", "stopping"])
+async def test_a_running_call_is_ended_and_its_processes_killed(bench: Bench, ends: str) -> None:
+    calling = asyncio.create_task(bench.guard.run(slow, {}))
+    await asyncio.sleep(0)
+    (bench.leaving if ends == "leaving" else getattr(bench.lease, ends)).set()
+    with pytest.raises(ToolError, match=INTERRUPTED):
+        await asyncio.wait_for(calling, 2)
+    assert bench.killed == 1
+    assert bench.lines == [{"name": "slow", "ms": 0, "is_error": True}]
+
+
+async def test_a_call_that_refuses_to_end_is_given_up(bench: Bench) -> None:
+    done = asyncio.Event()
+
+    @beta_async_tool
+    async def stubborn() -> str:
+        """Does not end when told to."""
+        while not done.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await done.wait()
+        return "late"
+
+    calling = asyncio.create_task(bench.guard.run(stubborn, {}))
+    await asyncio.sleep(0)
+    bench.leaving.set()
+    with pytest.raises(ToolError, match=INTERRUPTED):
+        await asyncio.wait_for(calling, 5)
+    assert bench.killed == 1
+    done.set()
+
+
+async def test_the_sdks_time_limit_ends_a_call_and_leaves_the_background_alone(bench: Bench) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(bench.guard.run(slow, {}), 0.05)
+    assert bench.killed == 0
+    assert [line["is_error"] for line in bench.lines] == [True]
+
+
+async def test_what_a_tool_raises_is_what_the_sdk_sees(bench: Bench) -> None:
+    @beta_async_tool
+    async def broken() -> str:
+        """Breaks."""
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await bench.guard.run(broken, {})
+    assert [line["is_error"] for line in bench.lines] == [True]
+
+
+async def test_an_item_that_was_stopped_by_force_is_left_all_the_same(
+    emulator: Emulator, session_id: str, tmp_path: Path
+) -> None:
+    runner = await in_process(emulator, emulator.url, tmp_path)
+    running = runner.start()
+    await until(emulator, lambda: emulator.work(session_id)["state"] == "active")
+    emulator.stop_work(session_id, force=True)
+    runner.session.leave()
+    assert await running == HANDED_OVER
+    assert {record.status for record in emulator.requests if record.operation == "work.stop"} == {409}
