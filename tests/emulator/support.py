@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +74,13 @@ async def claim(runner: AsyncAnthropic, environment_id: str) -> BetaSelfHostedWo
     await work.ack(item.id, environment_id=environment_id)
     await work.heartbeat(item.id, environment_id=environment_id, expected_last_heartbeat="NO_HEARTBEAT")
     return item
+
+
+def token_of(secret: str | None) -> str:
+    """The sessions token in a work item's secret."""
+    assert secret is not None
+    token: str = json.loads(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4)))["sessions_token"]
+    return token
 
 
 def work_path(emulator: Emulator, rest: str = "") -> str:

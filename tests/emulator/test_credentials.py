@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from typing import Any
 
 import httpx2
 import pytest
 from anthropic import AsyncAnthropic
 
-from tests.emulator.support import bearer, claim, error_of, work_path
+from tests.emulator.support import bearer, claim, error_of, token_of, work_path
 from tools.emulator import Emulator, Switches
 
 API, KEY, TOKEN = "api_key", "environment_key", "sessions_token"
@@ -33,12 +31,6 @@ MATRIX = [
     ("POST", "/v1/environments", {API}),
     ("DELETE", "/v1/sessions/{id}", {API}),
 ]
-
-
-def token_of(secret: str | None) -> str:
-    assert secret is not None
-    token: str = json.loads(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4)))["sessions_token"]
-    return token
 
 
 def handed_out(emulator: Emulator, http: httpx2.Client) -> tuple[str, str]:

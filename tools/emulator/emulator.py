@@ -12,10 +12,11 @@ from .agents import Step
 from .clock import Clock
 from .credentials import Credentials
 from .engine import Engine
-from .params import AgentCreateBody, EnvironmentCreateBody, EventsBody, SelfHosted, SessionCreateBody, parse
+from .params import EnvironmentCreateBody, EventsBody, SelfHosted, SessionCreateBody, parse
 from .requests import Control, RequestRecord
 from .routes import application
 from .server import Server
+from .shelf import Json, Shelf
 from .state import Event
 from .state.ids import new_api_key, new_environment_key, new_webhook_key
 from .switches import Switches
@@ -23,10 +24,9 @@ from .webhooks import TIMEOUT_SECONDS, Delivery, Notification, WebhookSender
 
 T = TypeVar("T")
 WAIT_SECONDS = 10.0
-TOOLSET = {"type": "agent_toolset_20260401"}
 
 
-class Emulator:
+class Emulator(Shelf):
     """A local control plane with one environment and one agent to begin with.
 
     Nothing listens before `start()`, nothing is left after `stop()`; `with Emulator() as emulator:` does both. The
@@ -50,6 +50,7 @@ class Emulator:
         switches: Switches | None = None,
         clock: Clock | None = None,
     ) -> None:
+        super().__init__()
         if lease_ttl < 1:
             raise ValueError("lease_ttl is at least 1 second")
         switches = replace(switches or Switches())  # a copy of its own: `switch` changes it
@@ -70,8 +71,7 @@ class Emulator:
         environment = self._world.create_environment(_environment("emulator"), self.clock.now(), environment_id)
         self.environment_id = environment.id
         self._credentials.add_environment_key(self.environment_key, environment.id)
-        agent = AgentCreateBody(name="emulator", model="claude-opus-5-5", tools=[TOOLSET])
-        self.agent_id = self._world.create_agent(agent, self.clock.now()).id
+        self.agent_id = self._create_agent(())
 
     # Switches
 
@@ -148,14 +148,25 @@ class Emulator:
         return environment_id, key
 
     def create_session(
-        self, title: str | None = None, metadata: dict[str, str] | None = None, environment_id: str | None = None
+        self,
+        title: str | None = None,
+        metadata: dict[str, str] | None = None,
+        environment_id: str | None = None,
+        *,
+        skills: Sequence[str | Json] = (),
+        resources: Sequence[str | Json] = (),
     ) -> str:
-        body = SessionCreateBody(
-            agent=self.agent_id,
-            environment_id=environment_id or self.environment_id,
-            title=title,
-            metadata=metadata or {},
-        )
+        """`skills`: ids (of the latest version) or wire skills, which an agent made for this session gets.
+        `resources`: ids of memory stores or wire resources."""
+        agent_id = self._create_agent(skills) if skills else self.agent_id
+        values = {
+            "agent": agent_id,
+            "environment_id": environment_id or self.environment_id,
+            "title": title,
+            "metadata": metadata or {},
+            "resources": self._resources(resources),
+        }
+        body = parse(SessionCreateBody, values, "body")
         with self._engine.transact() as now:
             return self._world.create_session(body, now).id
 

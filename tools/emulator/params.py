@@ -11,6 +11,8 @@ from .errors import Invalid
 MAX_TTL_SECONDS = 3600  # a limit of ours: how the server clamps desired_ttl_seconds is open
 PAGE = Field(default=20, ge=1, le=100)
 
+Access = Literal["read_write", "read_only"]
+
 
 class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,6 +100,23 @@ class AgentReference(Params):
     version: int | None = Field(default=None, ge=1)
 
 
+class MemoryStoreResource(Params):
+    type: Literal["memory_store"]
+    memory_store_id: str
+    access: Access | None = None
+    instructions: str | None = Field(default=None, max_length=4096)
+
+
+class OtherResource(BaseModel):
+    """A file or a repository, which no self-hosted session takes (documented)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: Literal["file", "github_repository"]
+
+
+Resource = Annotated[MemoryStoreResource | OtherResource, Field(discriminator="type")]
+
+
 class SessionUpdateBody(Params):
     title: str | None = None
     metadata: dict[str, str | None] | None = None
@@ -109,6 +128,11 @@ class SessionListQuery(PageQuery):
     statuses: list[Literal["idle", "running", "rescheduling", "terminated"]] | None = Field(
         default=None, alias="statuses[]"
     )
+
+
+class ResourceListQuery(Params):
+    limit: int = Field(default=1000, ge=1, le=1000)
+    page: str | None = None
 
 
 # Events
@@ -182,7 +206,7 @@ class SessionCreateBody(Params):
     title: str | None = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
     initial_events: list[UserMessage] = Field(default_factory=list, max_length=50)
-    resources: list[dict[str, Any]] = Field(default_factory=list)
+    resources: list[Resource] = Field(default_factory=list)
     vault_ids: list[str] = Field(default_factory=list)
 
 

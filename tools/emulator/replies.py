@@ -10,6 +10,8 @@ from .clock import stamp
 from .errors import Invalid
 from .state import Session, WorkItem
 from .state.catalog import Agent, Environment
+from .state.memory import Memory, MemoryStore
+from .state.skills import Skill, SkillVersion
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -80,7 +82,7 @@ def session(it: Session, now: datetime) -> Json:
         "agent": it.agent,
         "title": it.title,
         "metadata": dict(it.metadata),
-        "resources": [],
+        "resources": it.resources,
         "vault_ids": it.vault_ids,
         "outcome_evaluations": [],
         "budget": None,
@@ -93,6 +95,63 @@ def session(it: Session, now: datetime) -> Json:
         "created_at": stamp(it.created_at),
         "updated_at": stamp(it.updated_at),
         "archived_at": optional_stamp(it.archived_at),
+    }
+
+
+def skill(it: Skill) -> Json:
+    return {
+        "id": it.id,
+        "type": "skill",
+        "display_name": it.display_name,
+        "latest_version_id": it.latest.id,
+        "source": {"type": "custom"},
+        "created_at": stamp(it.created_at),
+        "updated_at": stamp(it.latest.created_at),
+    }
+
+
+def skill_version(it: SkillVersion, *, by_epoch: bool) -> Json:
+    """`by_epoch`: as the clients of the older beta read it, with the version's number and directory (older SDKs)."""
+    older = {"version": it.epoch, "directory": it.name} if by_epoch else {}
+    return {
+        "id": it.id,
+        "type": "skill_version",
+        "skill_id": it.skill_id,
+        "name": it.name,
+        "description": it.description,
+        "created_at": stamp(it.created_at),
+        **older,
+    }
+
+
+def memory_store(it: MemoryStore) -> Json:
+    return {
+        "id": it.id,
+        "type": "memory_store",
+        "name": it.name,
+        "description": it.description,
+        "metadata": dict(it.metadata),
+        "created_at": stamp(it.created_at),
+        "updated_at": stamp(it.updated_at),
+        "archived_at": optional_stamp(it.archived_at),
+    }
+
+
+def memory(it: Memory | str, view: str) -> Json:
+    """A memory, or the prefix that stands for those below it."""
+    if isinstance(it, str):
+        return {"type": "memory_prefix", "path": it}
+    return {
+        "id": it.id,
+        "type": "memory",
+        "memory_store_id": it.store_id,
+        "memory_version_id": it.version_id,
+        "path": it.path,
+        "content": it.content if view == "full" else None,
+        "content_sha256": it.sha256,
+        "content_size_bytes": it.size,
+        "created_at": stamp(it.created_at),
+        "updated_at": stamp(it.updated_at),
     }
 
 

@@ -7,19 +7,20 @@ cannot depend on something the emulator silently ignores.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from email.utils import format_datetime
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .credentials import Credential, Credentials
 from .engine import Engine
-from .errors import EmulatorError, Invalid, NotFound, envelope, status_of
+from .errors import EmulatorError, Injected, Invalid, NotFound, envelope, status_of
+from .faults import Fault, Faults, OpenStream, client_of
 from .params import NoParams, Params, parse
+from .shown import ShownClock
 from .state.ids import new_id
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
@@ -45,6 +46,8 @@ class RequestRecord:
     """`api_key`, `environment_key`, `sessions_token`, `unknown` or `none`."""
     worker_id: str | None
     request_id: str
+    fault: str | None = None
+    """The kind of fault it met. `status` is then what the emulator meant to say; 0 when it did not get to it."""
 
 
 class Call:
@@ -58,7 +61,10 @@ class Call:
         self.engine = control.engine
         self.world = control.engine.world
         self.credentials = control.credentials
+        self._shown = control.shown
         self.worker_id = request.headers.get("anthropic-worker-id")
+        self.betas = {beta.strip() for beta in request.headers.get("anthropic-beta", "").split(",")}
+        self.content, self.content_type = body, request.headers.get("content-type", "")
 
     def query(self, model: type[P]) -> P:
         """The query, checked. `beta=true` is what older SDKs append to every call (recorded)."""
@@ -72,7 +78,7 @@ class Call:
                 raise Invalid(f"{name}: given more than once")
             else:
                 values[name] = value
-        return parse(model, values, "query")
+        return parse(model, self._shown.query(values), "query")
 
     def body(self, model: type[P]) -> P:
         if not self._body:
@@ -96,27 +102,59 @@ Handler = Callable[[Call], Awaitable[Response | dict[str, Any] | None]]
 
 
 class Control:
-    """What all requests share: the engine, the credentials and the log."""
+    """What all requests share: the engine, the credentials, the faults, the clock they are shown and the log."""
 
-    def __init__(self, engine: Engine, credentials: Credentials, log: list[RequestRecord]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        credentials: Credentials,
+        faults: Faults,
+        shown: ShownClock,
+        log: list[RequestRecord],
+    ) -> None:
         self.engine = engine
         self.credentials = credentials
+        self.faults = faults
+        self.shown = shown
         self._log = log
 
     async def serve(self, request: Request, operation: str, handler: Handler) -> Response:
-        """Run one operation; what is no response already becomes the JSON body of a 200."""
+        """Run one operation, as the fault that it meets has it."""
+        fault = self.faults.take(operation)
+
+        def refuse(status: int) -> Response:
+            return self._refuse(request, Injected(status), operation, fault)
+
+        return await self.faults.carry_out(
+            fault, request, lambda: self._serve(request, operation, handler, fault), refuse
+        )
+
+    async def _serve(self, request: Request, operation: str, handler: Handler, fault: Fault | None) -> Response:
+        """What is no response already becomes the JSON body of a 200."""
         request_id = new_id("req")
         try:
             result = await handler(await self._admit(request, operation))
-            response = result if isinstance(result, Response) else JSONResponse(result)
         except EmulatorError as error:
-            response = _error_response(error, request_id)
-        return self._finish(request, operation, response, request_id)
+            return self._refuse(request, error, operation, fault)
+        response = result if isinstance(result, Response) else JSONResponse(self.shown.body(result))
+        if isinstance(response, StreamingResponse) and operation == "events.stream":
+            stream = OpenStream(request.path_params["session_id"], client_of(request))
+            response.body_iterator = self.faults.pass_on(stream, self._shown_frames(response.body_iterator))
+        return self._finish(request, operation, response, request_id, fault)
+
+    async def _shown_frames(self, frames: AsyncIterator[Any]) -> AsyncIterator[str]:
+        async for frame in frames:
+            yield self.shown.frame(frame)
 
     def refuse(self, request: Request, error: EmulatorError) -> Response:
         """Answer a request that reached no operation."""
+        return self._refuse(request, error, None, None)
+
+    def _refuse(self, request: Request, error: EmulatorError, operation: str | None, fault: Fault | None) -> Response:
         request_id = new_id("req")
-        return self._finish(request, None, _error_response(error, request_id), request_id)
+        body = self.shown.body(envelope(error, request_id))
+        response = JSONResponse(body, status_code=status_of(error))
+        return self._finish(request, operation, response, request_id, fault)
 
     async def _admit(self, request: Request, operation: str) -> Call:
         credential = self.credentials.identify(_credential_of(request))
@@ -130,10 +168,12 @@ class Control:
             raise Invalid(f"body: larger than {MAX_BODY_BYTES} bytes")
         return Call(request, body, credential, self)
 
-    def _finish(self, request: Request, operation: str | None, response: Response, request_id: str) -> Response:
+    def _finish(
+        self, request: Request, operation: str | None, response: Response, request_id: str, fault: Fault | None
+    ) -> Response:
         now = self.engine.clock.now()
         response.headers["request-id"] = request_id
-        response.headers["date"] = format_datetime(now, usegmt=True)  # clients read the server's time here
+        response.headers["date"] = self.shown.date()
         query: dict[str, list[str]] = {}
         for name, value in request.query_params.multi_items():
             query.setdefault(name, []).append(value)
@@ -148,14 +188,11 @@ class Control:
             credential=self.credentials.kind_of(_credential_of(request)),
             worker_id=request.headers.get("anthropic-worker-id"),
             request_id=request_id,
+            fault=fault.kind if fault else None,
         )
         self._log.append(record)
         self.engine.ring()
         return response
-
-
-def _error_response(error: EmulatorError, request_id: str) -> Response:
-    return JSONResponse(envelope(error, request_id), status_code=status_of(error))
 
 
 def _credential_of(request: Request) -> str | None:

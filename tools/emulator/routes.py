@@ -12,11 +12,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .errors import MethodNotAllowed, NotFound
-from .operations import catalog, events, sessions, work
+from .operations import catalog, events, memory, sessions, skills, work
 from .requests import Control, Handler
 
 _WORK = "/v1/environments/{environment_id}/work"
 _SESSION = "/v1/sessions/{session_id}"
+_SKILL = "/v1/skills/{skill_id}"
+_STORE = "/v1/memory_stores/{memory_store_id}"
+_MEMORY = _STORE + "/memories/{memory_id}"
 
 ROUTES: tuple[tuple[str, str, str, Handler], ...] = (
     ("GET", f"{_WORK}/poll", "work.poll", work.poll),
@@ -44,6 +47,27 @@ ROUTES: tuple[tuple[str, str, str, Handler], ...] = (
     ("POST", f"{_SESSION}/events", "events.send", events.send_events),
     ("GET", f"{_SESSION}/events", "events.list", events.list_events),
     ("GET", f"{_SESSION}/events/stream", "events.stream", events.stream_events),
+    ("GET", f"{_SESSION}/resources", "sessions.resources", sessions.list_resources),
+    ("POST", f"{_SESSION}/resources", "sessions.add_resource", sessions.add_resource),
+    ("POST", "/v1/skills", "skills.create", skills.create_skill),
+    ("GET", "/v1/skills", "skills.list", skills.list_skills),
+    ("GET", _SKILL, "skills.get", skills.get_skill),
+    ("DELETE", _SKILL, "skills.delete", skills.delete_skill),
+    ("POST", f"{_SKILL}/versions", "skills.create_version", skills.create_version),
+    ("GET", f"{_SKILL}/versions", "skills.versions", skills.list_versions),
+    ("GET", _SKILL + "/versions/{version}", "skills.version", skills.get_version),
+    ("GET", _SKILL + "/versions/{version}/content", "skills.content", skills.get_content),
+    ("POST", "/v1/memory_stores", "memory_stores.create", memory.create_store),
+    ("GET", "/v1/memory_stores", "memory_stores.list", memory.list_stores),
+    ("GET", _STORE, "memory_stores.get", memory.get_store),
+    ("POST", _STORE, "memory_stores.update", memory.update_store),
+    ("DELETE", _STORE, "memory_stores.delete", memory.delete_store),
+    ("POST", f"{_STORE}/archive", "memory_stores.archive", memory.archive_store),
+    ("POST", f"{_STORE}/memories", "memories.create", memory.create_memory),
+    ("GET", f"{_STORE}/memories", "memories.list", memory.list_memories),
+    ("GET", _MEMORY, "memories.get", memory.get_memory),
+    ("POST", _MEMORY, "memories.update", memory.update_memory),
+    ("DELETE", _MEMORY, "memories.delete", memory.delete_memory),
 )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tools.emulator import replies
-from tools.emulator.params import SessionCreateBody, SessionListQuery, SessionUpdateBody
+from tools.emulator.errors import Invalid
+from tools.emulator.params import ResourceListQuery, SessionCreateBody, SessionListQuery, SessionUpdateBody
 from tools.emulator.requests import Call
 
 Json = dict[str, Any]
@@ -54,3 +55,18 @@ async def delete_session(call: Call) -> Json:
     with call.engine.transact() as now:
         call.world.delete_session(call.path["session_id"], now)
         return {"id": call.path["session_id"], "type": "session_deleted"}
+
+
+async def list_resources(call: Call) -> Json:
+    query = call.query(ResourceListQuery)
+    with call.engine.transact():
+        items = call.world.session(call.path["session_id"]).resources
+        shown, next_page = replies.page(items, lambda it: str(it["memory_store_id"]), query.limit, query.page)
+        return {"data": shown, "next_page": next_page}
+
+
+async def add_resource(call: Call) -> Json:
+    """Only files can be added to a session, and only to one that is not self-hosted (SDK, documentation)."""
+    with call.engine.transact():
+        session = call.world.session(call.path["session_id"])
+    raise Invalid(f"environment {session.environment_id} is self_hosted: resources are not supported")

@@ -51,6 +51,7 @@ class Session:
     title: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     vault_ids: list[str] = field(default_factory=list)
+    resources: list[dict[str, Any]] = field(default_factory=list)
     thread_id: str = field(default_factory=lambda: new_id("sthr"))
     status: str = "idle"
     archived_at: datetime | None = None

@@ -18,6 +18,7 @@ from tools.emulator.params import (
     CustomToolResult,
     EnvironmentCreateBody,
     Inbound,
+    MemoryStoreResource,
     SessionCreateBody,
     SessionUpdateBody,
     ToolConfirmation,
@@ -31,7 +32,9 @@ from .answers import refuse_when_stranded
 from .catalog import Agent, Environment
 from .ids import new_id
 from .inbound import check
+from .memory import MemoryStores
 from .sessions import Event, Session
+from .skills import Skills
 from .turns import Notify, Turns
 from .work import WorkItem, WorkQueue, merge
 
@@ -46,6 +49,8 @@ class World:
         self.environments: dict[str, Environment] = {}
         self.agents: dict[str, Agent] = {}
         self.sessions: dict[str, Session] = {}
+        self.skills = Skills()
+        self.memory = MemoryStores()
         self.default_script: Sequence[Step] = ()
         self.changes = 0
         """Grows whenever something a client could see has changed."""
@@ -123,10 +128,12 @@ class World:
         environment = self.environment(body.environment_id)
         if environment.archived_at is not None:
             raise Invalid(f"environment {environment.id} is archived", {"error_code": "environment_archived"})
-        if any(resource.get("type") == "memory_store" for resource in body.resources):
-            raise Invalid("resources: this emulator has no memory stores")
-        if body.resources:
-            raise Invalid(f"environment {environment.id} is self_hosted: resources are not supported")
+        stores = [resource for resource in body.resources if isinstance(resource, MemoryStoreResource)]
+        if len(stores) != len(body.resources):
+            raise Invalid(
+                f"environment {environment.id} is self_hosted: resources are not supported but for memory stores"
+            )
+        resources = self.memory.attach(stores)
         agent = self._pick_agent(body.agent)
         session = Session(
             id=new_id("sesn"),
@@ -137,6 +144,7 @@ class World:
             title=body.title,
             metadata=dict(body.metadata),
             vault_ids=list(body.vault_ids),
+            resources=resources,
         )
         session.script.extend(self.default_script)
         self.sessions[session.id] = session
