@@ -70,6 +70,7 @@ def arguments(directory: Path, *, uid: int, shown: Mapping[Path, Path], python: 
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", str(inside), "--gid", str(inside)]
+        command += ["--disable-userns"] if "--disable-userns" in _options(bwrap) else []
     command += ["--proc", "/proc", "--dev", "/dev"]
     # Before what is shown, which may lie below /tmp. It is memory, so it is bounded; root's is opened to `uid`.
     size = ["--size", str(memory_bytes)] if "--size" in _options(bwrap) else []
@@ -139,5 +140,5 @@ def _identity(directory: Path, uid: int) -> dict[Path, Path]:
 
 @cache
 def _options(bwrap: str) -> str:
-    """What this bwrap understands: `--size` came with 0.7, and older ones are in use."""
+    """What this bwrap understands: `--size` and `--disable-userns` came late (0.7, 0.8), and older ones are in use."""
     return subprocess.run([bwrap, "--help"], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False).stdout

@@ -154,9 +154,10 @@ class LocalProvider:
         self._readable = tuple(readable)
         self._certificates = certificates
         self._watchers: dict[threading.Thread, session.Session] = {}  # of the sandboxes this process started
-        for path in (*bubblewrap.python_prefixes(python), *self._readable):
-            if self._isolated and root.is_relative_to(path):
-                raise SettingsError(f"LOCAL_ROOT is inside {path}, which every sandbox can read: move it")
+        if self._isolated:
+            _refuse_if_shown(
+                [root, *here.glob(".env")], [Path("/usr"), *bubblewrap.python_prefixes(python), *self._readable]
+            )
 
     async def acquire(self, session_id: str) -> LocalSandbox:
         """The session's sandbox, started if it does not run. Waits for one that is just ending."""
@@ -306,6 +307,14 @@ class LocalSandbox:
         """The end of the runner's log."""
         with _mapped():
             return await asyncio.to_thread(self._place.tail, lines)
+
+
+def _refuse_if_shown(private: Sequence[Path], shown: Sequence[Path]) -> None:
+    """Raises `SettingsError` when a directory that every sandbox can read holds what none may."""
+    for path in private:
+        for parent in shown:
+            if path.resolve().is_relative_to(parent.resolve()):
+                raise SettingsError(f"{path} is inside {parent}, which every sandbox can read: move it")
 
 
 @contextlib.contextmanager

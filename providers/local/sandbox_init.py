@@ -70,7 +70,8 @@ class Init:
         """Serves until something ends the sandbox, then ends every process in it."""
         life = self._config["life"]
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
-        self._loop.add_signal_handler(signal.SIGTERM, self._stop, "SIGTERM")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._loop.add_signal_handler(number, self._stop, number.name)
         self._loop.add_reader(life, self._host_is_gone, life)
         # Listening again makes us, not the host, the peer whose pid a connecting host process sees (SO_PEERCRED).
         await asyncio.start_unix_server(
@@ -105,18 +106,20 @@ class Init:
             self._stop("unused")
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):  # the client left
-            request = json.loads(await reader.readline() or b"{}")
-            if request.get("do") == "start":
-                await self._start(request, reader, writer)
-            elif request.get("do") in ("hold", "renew"):
-                if request["do"] == "hold" or not self._runners:  # a runner keeps the sandbox by itself
-                    self._keep_warm(request["seconds"])
-                writer.write(json.dumps({"stopping": self._stopping.is_set()}).encode() + b"\n")
-            elif request.get("do") == "stop":
-                self._stop("stopped by a host")
-                await reader.read()  # our end closes the connection: that is the answer
-        writer.close()
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):  # the client left
+                request = json.loads(await reader.readline() or b"{}")
+                if request.get("do") == "start":
+                    await self._start(request, reader, writer)
+                elif request.get("do") in ("hold", "renew"):
+                    if request["do"] == "hold" or not self._runners:  # a runner keeps the sandbox by itself
+                        self._keep_warm(request["seconds"])
+                    writer.write(json.dumps({"stopping": self._stopping.is_set()}).encode() + b"\n")
+                elif request.get("do") == "stop":
+                    self._stop("stopped by a host")
+                    await reader.read()  # our end closes the connection: that is the answer
+        finally:
+            writer.close()
 
     async def _start(self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         files = [(path, await reader.readexactly(size)) for path, size in request["files"]]

@@ -78,7 +78,7 @@ class Server:
             return connection.getresponse().status
 
     def end(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
+        os.killpg(self.process.pid, number)  # to all of the group, as a terminal's Ctrl-C
         return self.process.wait(PATIENCE_SECONDS)
 
 
@@ -93,6 +93,7 @@ def serving(emulator: Emulator, tmp_path: Path, *arguments: str, **settings: str
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            start_new_session=True,
         )
     try:
         yield Server(process, log)

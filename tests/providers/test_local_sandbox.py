@@ -215,6 +215,38 @@ async def test_ten_acquires_of_two_hosts_make_one_sandbox(sandboxes: Sandboxes, 
     await rival.provider.close()
 
 
+ACQUIRE = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import sandbox
+
+async def main():
+    provider = sandbox.LocalProvider(Path(sys.argv[2]), isolation=sys.argv[3])
+    print("loaded", flush=True)
+    sys.stdin.readline()
+    print((await provider.acquire("sesn_1")).created, flush=True)
+    sys.stdin.readline()
+    await provider.close()
+
+asyncio.run(main())
+"""
+
+
+@both
+def test_acquires_of_several_processes_make_one_sandbox(tmp_path: Path, isolation: str) -> None:
+    arguments = [str(LOCAL.path), str(tmp_path / "root"), isolation]
+    hosts = [_host([sys.executable, "-c", ACQUIRE, *arguments], "loaded\n") for _ in range(4)]
+    for host in hosts:
+        _tell(host)
+    created = [_line(host) for host in hosts]
+    assert sorted(created) == ["False\n"] * 3 + ["True\n"]
+    assert len(processes(str(tmp_path / "root/sesn_1"))) == 1
+    for host in hosts:
+        host.communicate("\n", timeout=30)
+    assert processes(str(tmp_path / "root")) == []
+
+
 @both
 async def test_the_next_acquire_finds_the_files_running_or_not(sandboxes: Sandboxes) -> None:
     await sandboxes.run("sesn_1", "echo kept > file; echo kept > ~/other")
@@ -383,6 +415,21 @@ async def test_close_lets_runners_hand_over_and_leaves_no_process(sandboxes: San
         assert (sandboxes.root / session_id / "workspace" / "handed-over").exists()
 
 
+@needs_bubblewrap
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "KILL", "STOP"])
+async def test_an_agent_that_signals_init_ends_its_own_sandbox_in_order_at_most(
+    sandboxes: Sandboxes, name: str
+) -> None:
+    sandbox, _ = await sandboxes.begin("sesn_1", f"kill -{name} 1", linger=True)
+    if name in ("KILL", "STOP"):  # the kernel keeps these from process 1
+        assert await sandboxes.run("sesn_1", "echo alive") == ["alive\n"]
+    else:
+        await until((sandboxes.root / "sesn_1" / "workspace" / "handed-over").exists)
+        await until(lambda: not sandboxes.provider._watchers)
+        assert await sandboxes.run("sesn_1", "echo again") == ["again\n"]
+    assert name in ("KILL", "STOP") or f"SIG{name}" in await sandbox.tail(100)
+
+
 @both
 @with_options(grace_seconds=0.5)
 async def test_close_ends_a_runner_that_will_not_leave(sandboxes: Sandboxes) -> None:
@@ -419,6 +466,23 @@ async def test_release_deletes_the_session_and_nothing_else(sandboxes: Sandboxes
 
 
 @both
+async def test_release_deletes_what_an_agent_made_hard_to_delete(sandboxes: Sandboxes) -> None:
+    deep = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')"
+    await sandboxes.run("sesn_1", f'{sys.executable} -c "{deep}"; mkdir -p shut/shut; chmod 000 shut/shut shut')
+    await sandboxes.provider.release("sesn_1")
+    assert os.listdir(sandboxes.root) == []
+
+
+async def test_what_a_killed_release_left_is_no_sandbox_and_goes_with_the_next(sandboxes: Sandboxes) -> None:
+    left = sandboxes.root / ".released-0123"
+    (left / "workspace").mkdir(parents=True)
+    await sandboxes.run("sesn_1", "true")
+    assert [info.session_id for info in await sandboxes.infos()] == ["sesn_1"]
+    await sandboxes.provider.release("sesn_1")
+    assert os.listdir(sandboxes.root) == []
+
+
+@both
 async def test_release_and_acquire_at_once_end_with_a_sandbox_that_works(sandboxes: Sandboxes) -> None:
     for _ in range(5):
         await sandboxes.run("sesn_1", "touch old")
@@ -448,7 +512,8 @@ from _shared.provider import Launch
 
 async def main():
     provider = sandbox.LocalProvider(Path(sys.argv[2]), isolation=sys.argv[3], runner=Path(sys.argv[4]))
-    job = {"run": "1", "commands": [f"setsid sleep {sys.argv[5]} & sleep 0.1; id -u; ulimit -u"], "linger": True}
+    command = f"setsid sleep {sys.argv[5]} & sleep 0.1; id -u; ulimit -u; touch /x /dev/x; unshare -U true"
+    job = {"run": "1", "commands": [command], "linger": True}
     found = await provider.acquire("sesn_1")
     print((await found.start(Launch(json.dumps(job).encode()))).outcome, flush=True)
     await asyncio.sleep(600)
@@ -457,12 +522,22 @@ asyncio.run(main())
 """
 
 
-def _host(python: str, arguments: list[str], **options: Any) -> subprocess.Popen[str]:
-    """A host process of its own, with a runner in a sandbox."""
-    host = subprocess.Popen([python, "-c", HOST, *arguments], stdout=subprocess.PIPE, text=True, **options)
-    assert host.stdout is not None
-    assert host.stdout.readline() == "ready\n"
+def _host(argv: list[str], ready: str, **options: Any) -> subprocess.Popen[str]:
+    """A host process of its own, that has said `ready`."""
+    host = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+    assert _line(host) == ready
     return host
+
+
+def _line(host: subprocess.Popen[str]) -> str:
+    assert host.stdout is not None
+    return host.stdout.readline()
+
+
+def _tell(host: subprocess.Popen[str]) -> None:
+    assert host.stdin is not None
+    host.stdin.write("\n")
+    host.stdin.flush()
 
 
 def _is_recent(python: str) -> bool:
@@ -470,12 +545,16 @@ def _is_recent(python: str) -> bool:
     return done.returncode == 0
 
 
+def _disables_user_namespaces() -> bool:
+    return "--disable-userns" in subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
+
+
 @both
 async def test_a_host_killed_leaves_no_process(tmp_path: Path, isolation: str) -> None:
     marker = f"76{uuid.uuid4().int % 10**6}"
     sandboxes = Sandboxes(tmp_path / "root", tmp_path / "runner", isolation=isolation)
     arguments = [str(LOCAL.path), str(sandboxes.root), isolation, str(sandboxes.runner), marker]
-    with _host(sys.executable, arguments) as host:
+    with _host([sys.executable, "-c", HOST, *arguments], "ready\n") as host:
         await until(lambda: processes(f"sleep\0{marker}"))
         host.kill()
     await until(lambda: not processes(f"sleep\0{marker}") and not processes(str(sandboxes.root)))
@@ -507,12 +586,15 @@ async def test_an_ordinary_user_needs_no_root(open_to_all: Path) -> None:
         pytest.skip("needs a Python 3.11 in /usr/bin, where an ordinary user can run it")
     root, marker = open_to_all / "root", f"75{uuid.uuid4().int % 10**6}"
     arguments = [str(folder), str(root), "bubblewrap", str(runner / RUNNER.name), marker]
-    with _host(python, arguments, user=12345, group=12345, extra_groups=[]) as host:
+    with _host([python, "-c", HOST, *arguments], "ready\n", user=12345, group=12345, extra_groups=[]) as host:
         try:
             log = root / "sesn_1" / "runner.log"
             await until(lambda: '"done"' in log.read_text())
             (done,) = [json.loads(line) for line in log.read_text().splitlines() if '"done"' in line]
-            assert done["out"] == ["10001\n256\n"]
+            (out,) = done["out"]
+            assert out.startswith("10001\n256\n")
+            assert out.count("Read-only file system") == 2
+            assert "unshare: unshare failed" in out or not _disables_user_namespaces()
         finally:
             host.kill()
     await until(lambda: not processes(f"sleep\0{marker}") and not processes(str(root)))
@@ -576,8 +658,15 @@ def test_bubblewrap_is_used_where_it_runs_even_if_it_need_not_be(
 
 @needs_bubblewrap
 def test_a_root_that_every_sandbox_could_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="LOCAL_ROOT is inside"):
+    with pytest.raises(SettingsError, match=r"root/env_1 is inside .*, which every sandbox can read"):
         _open(tmp_path, LOCAL_READABLE=str(tmp_path))
+
+
+@needs_bubblewrap
+def test_a_secret_that_every_sandbox_could_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".env").touch()
+    with pytest.raises(SettingsError, match=r"/\.env is inside"):
+        LOCAL.sandbox._refuse_if_shown([tmp_path / ".env"], [tmp_path / "other", tmp_path])
 
 
 def test_relative_paths_are_refused(tmp_path: Path) -> None:
