@@ -3,19 +3,25 @@
 from .agents import Call, Step, ToolResult, call, custom, end, error, repeat_output, say, shell_agent, sleep, tools
 from .clock import Clock
 from .emulator import Emulator
+from .faults import Cut, Fault
 from .requests import RequestRecord
 from .switches import Switches
-from .webhooks import Delivery
+from .troubles import Execution
+from .webhooks import Delivery, WebhookFault
 
 __all__ = [
     "Call",
     "Clock",
+    "Cut",
     "Delivery",
     "Emulator",
+    "Execution",
+    "Fault",
     "RequestRecord",
     "Step",
     "Switches",
     "ToolResult",
+    "WebhookFault",
     "call",
     "custom",
     "end",

@@ -21,6 +21,8 @@ class Clock:
         self._offset = timedelta()
         self._lock = threading.Lock()
         self._listeners: list[Callable[[], None]] = []
+        self.skew = timedelta()
+        """How far the time that clients are shown is off; no rule looks at it."""
 
     def now(self) -> datetime:
         with self._lock:

@@ -12,21 +12,24 @@ from .agents import Step
 from .clock import Clock
 from .credentials import Credentials
 from .engine import Engine
+from .faults import Faults
 from .params import EnvironmentCreateBody, EventsBody, SelfHosted, SessionCreateBody, parse
 from .requests import Control, RequestRecord
-from .routes import application
+from .routes import OPERATIONS, application
 from .server import Server
 from .shelf import Json, Shelf
+from .shown import ShownClock
 from .state import Event
 from .state.ids import new_api_key, new_environment_key, new_webhook_key
 from .switches import Switches
+from .troubles import Execution, Troubles
 from .webhooks import TIMEOUT_SECONDS, Delivery, Notification, WebhookSender
 
 T = TypeVar("T")
 WAIT_SECONDS = 10.0
 
 
-class Emulator(Shelf):
+class Emulator(Shelf, Troubles):
     """A local control plane with one environment and one agent to begin with.
 
     Nothing listens before `start()`, nothing is left after `stop()`; `with Emulator() as emulator:` does both. The
@@ -60,38 +63,30 @@ class Emulator(Shelf):
         self.webhook_key = webhook_key or new_webhook_key()
         self.requests: list[RequestRecord] = []
         self.deliveries: list[Delivery] = []
+        self.executions: list[Execution] = []
         self._host, self._port = host, port
         self._server: Server | None = None
         self._engine = Engine(self.clock, switches, timedelta(seconds=lease_ttl), self._notify)
         self._world = self._engine.world
         self._credentials = Credentials(self.api_key, switches)
+        self._faults = Faults(self._engine, OPERATIONS)
+        self._shown = ShownClock(self.clock)
         self._webhooks = WebhookSender(
-            self._engine, self.webhook_key, webhook_url, webhook_types, webhook_timeout, self._delivered
+            self._engine, self.webhook_key, webhook_url, webhook_types, webhook_timeout, self._delivered, self._shown
         )
         environment = self._world.create_environment(_environment("emulator"), self.clock.now(), environment_id)
         self.environment_id = environment.id
         self._credentials.add_environment_key(self.environment_key, environment.id)
         self.agent_id = self._create_agent(())
 
-    # Switches
-
-    @property
-    def switches(self) -> Switches:
-        """The open facts as this emulator plays them."""
-        return self._engine.switches
-
-    def switch(self, **values: Any) -> None:
-        """Play them differently from now on; ValueError for a name or a value that does not exist."""
-        with self._engine.transact():
-            self._engine.switches.change(values)
-
     # Life
 
     def start(self) -> Self:
         if self._server is not None:
             raise RuntimeError("the emulator is running")
-        control = Control(self._engine, self._credentials, self.requests)
+        control = Control(self._engine, self._credentials, self._faults, self._shown, self.requests)
         self._server = Server(application(control), self._engine, self._webhooks, self._host, self._port)
+        self._faults.hang_up = self._server.hang_up
         self._server.start()
         return self
 
@@ -246,23 +241,6 @@ class Emulator(Shelf):
         return bool(idles) and idles[-1]["stop_reason"]["type"] == "end_turn"
 
     # Webhooks
-
-    def set_webhook_url(self, url: str | None) -> None:
-        """Register an endpoint (or none); this also enables one that was disabled. Nothing is replayed."""
-        self._webhooks.register(url)
-
-    @property
-    def webhook_disabled_reason(self) -> str | None:
-        return self._webhooks.disabled_reason
-
-    @property
-    def webhooks_paused(self) -> bool:
-        """While true, transitions send no webhook, as if it were lost."""
-        return self._webhooks.is_paused
-
-    @webhooks_paused.setter
-    def webhooks_paused(self, is_paused: bool) -> None:
-        self._webhooks.is_paused = is_paused
 
     def _notify(self, type_: str, session_id: str, at: datetime) -> None:
         self._webhooks.notify(Notification(type_, session_id, at))

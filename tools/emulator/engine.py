@@ -74,6 +74,12 @@ class Engine:
 
     # Waiting on the event loop
 
+    def on_loop(self, callback: Callable[[], None]) -> None:
+        """Call back on the server's loop, from any thread; nothing happens while no server runs."""
+        with self._changed:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(callback)
+
     def _wake_listeners(self) -> None:
         for event in self._listeners:
             event.set()

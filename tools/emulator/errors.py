@@ -45,6 +45,14 @@ class Conflict(EmulatorError):
     """The work item is already in, or past, the state asked for."""
 
 
+class Injected(EmulatorError):
+    """A fault that was asked for, with the status it was asked for with."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"an injected fault: {status}")
+        self.status = status
+
+
 class HeartbeatPreconditionFailed(EmulatorError):
     """`expected_last_heartbeat` is not the stored value; the body tells the lease as the server has it (SDK types)."""
 
@@ -67,13 +75,24 @@ _STATUS: dict[type[EmulatorError], tuple[int, str]] = {
 }
 
 
+_INJECTED = dict(_STATUS.values()) | {429: "rate_limit_error", 529: "overloaded_error"}
+
+
 def status_of(error: EmulatorError) -> int:
+    if isinstance(error, Injected):
+        return error.status
     return _STATUS[type(error)][0]
+
+
+def _type_of(error: EmulatorError) -> str:
+    if isinstance(error, Injected):
+        return _INJECTED.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return _STATUS[type(error)][1]
 
 
 def envelope(error: EmulatorError, request_id: str) -> dict[str, Any]:
     """The documented error body; `details` is present only when the error has some."""
-    body: dict[str, Any] = {"type": _STATUS[type(error)][1], "message": error.message}
+    body: dict[str, Any] = {"type": _type_of(error), "message": error.message}
     if error.details is not None:
         body["details"] = error.details
     return {"type": "error", "error": body, "request_id": request_id}

@@ -7,7 +7,7 @@ cannot depend on something the emulator silently ignores.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -137,12 +137,12 @@ class Control:
         except EmulatorError as error:
             return self._refuse(request, error, operation, fault)
         response = result if isinstance(result, Response) else JSONResponse(self.shown.body(result))
-        if isinstance(response, StreamingResponse) and operation == "events.stream":
+        if isinstance(response, StreamingResponse) and response.media_type == "text/event-stream":
             stream = OpenStream(request.path_params["session_id"], client_of(request))
             response.body_iterator = self.faults.pass_on(stream, self._shown_frames(response.body_iterator))
         return self._finish(request, operation, response, request_id, fault)
 
-    async def _shown_frames(self, frames: AsyncIterator[Any]) -> AsyncIterator[str]:
+    async def _shown_frames(self, frames: AsyncIterable[Any]) -> AsyncIterator[str]:
         async for frame in frames:
             yield self.shown.frame(frame)
 

@@ -70,6 +70,8 @@ ROUTES: tuple[tuple[str, str, str, Handler], ...] = (
     ("DELETE", _MEMORY, "memories.delete", memory.delete_memory),
 )
 
+OPERATIONS = frozenset(operation for _, _, operation, _ in ROUTES)
+
 
 def application(control: Control) -> Starlette:
     def endpoint(operation: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:

@@ -8,6 +8,7 @@ import threading
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .engine import Engine
 from .webhooks import WebhookSender
@@ -53,6 +54,12 @@ class Server(uvicorn.Server):
         self._thread.join(STOP_SECONDS)
         if self._thread.is_alive():
             raise RuntimeError("the emulator did not stop")
+
+    def hang_up(self, client: tuple[str, int]) -> None:
+        """End the connection of this client without another word. On the loop only."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, H11Protocol) and connection.client == client:
+                connection.transport.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -2,7 +2,8 @@
 
 Documented: headers, body, at most three attempts with a jittered backoff of 5 to 120 s, a redirect that disables the
 endpoint, nothing replayed. The response timeout is not published, so it is a parameter. Backoff runs on the emulator's
-clock; the signed timestamp is real time, because receivers reject one that is more than five minutes from theirs.
+clock; the signed timestamp is real time, plus the skew, because receivers reject one that is more than five minutes
+from theirs.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import hmac
 import json
 import random
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 import httpx2
 
-from .clock import stamp
 from .engine import Engine
+from .shown import ShownClock
 from .state.ids import new_id
 
 ATTEMPTS = 3
@@ -58,6 +60,32 @@ class Notification:
     type: str
     session_id: str
     at: datetime
+    webhook_id: str = field(default_factory=lambda: new_id("whe"))
+
+
+WebhookFaultKind = Literal["lose", "delay", "duplicate", "reorder"]
+
+
+@dataclass
+class WebhookFault:
+    """What happens to the next `count` webhooks. They are counted where they are sent, not per attempt.
+
+    `lose`: never sent. `delay`: sent `seconds` of the emulator's clock later. `duplicate`: sent twice, with one id.
+    `reorder`: held back until another one has been sent, and then sent after it, the youngest first.
+    """
+
+    kind: WebhookFaultKind
+    count: int = 1
+    seconds: float = 0.0
+    hits: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(WebhookFaultKind):
+            raise ValueError(f"kind: {self.kind!r} is not one of {', '.join(get_args(WebhookFaultKind))}")
+        if self.count < 1:
+            raise ValueError("count: at least 1")
+        if self.kind == "delay" and self.seconds <= 0:
+            raise ValueError("seconds: delay needs a positive number")
 
 
 def signing_key(key: str) -> bytes:
@@ -90,8 +118,13 @@ class WebhookSender:
         types: Collection[str] | None,
         timeout: float,
         on_delivery: Callable[[Delivery], None],
+        shown: ShownClock,
     ) -> None:
         self._engine = engine
+        self._shown = shown
+        self._held: list[Notification] = []
+        self.faults: list[WebhookFault] = []
+        """The armed ones; the first is the next to be met."""
         self._key = signing_key(key)
         self._types = types
         self._timeout = timeout
@@ -130,22 +163,72 @@ class WebhookSender:
         is_wanted = self._types is None or notification.type in self._types
         is_enabled = self.disabled_reason is None and not self.is_paused
         if self._loop is not None and self.url is not None and is_wanted and is_enabled:
-            self._loop.call_soon_threadsafe(self._start, notification, self.url)
+            self._loop.call_soon_threadsafe(self._dispatch, notification, self.url)
 
-    def _start(self, notification: Notification, url: str) -> None:
-        task = asyncio.ensure_future(self._deliver(notification, url))
+    def enable(self) -> None:
+        """By hand, as in the Console; nothing is replayed."""
+        self.disabled_reason = None
+
+    def _dispatch(self, notification: Notification, url: str) -> None:
+        """Send a webhook as the next fault has it. On the loop only, so they come here in the order of transitions."""
+        fault = self.faults[0] if self.faults else None
+        if fault is not None:
+            fault.hits += 1
+            if fault.hits >= fault.count:
+                self.faults.remove(fault)
+        match fault.kind if fault else None:
+            case "lose":
+                return
+            case "reorder":
+                self._held.append(notification)
+                return
+            case "delay" if fault:
+                self._start(self._deliver_later(notification, url, fault.seconds))
+                return
+            case "duplicate":
+                self._start(self._deliver(notification, url))
+        if self._held:
+            batch = [notification, *reversed(self._held)]
+            self._held.clear()
+            self._start(self._deliver_in_order(batch, url))
+        else:
+            self._start(self._deliver(notification, url))
+
+    def _start(self, delivery: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(delivery)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _deliver(self, notification: Notification, url: str) -> None:
+    async def _deliver_later(self, notification: Notification, url: str, seconds: float) -> None:
+        await self._engine.wait_for_instant(self._engine.clock.now() + timedelta(seconds=seconds))
+        if not self._engine.is_closing:
+            await self._deliver(notification, url)
+
+    async def _deliver_in_order(self, batch: list[Notification], url: str) -> None:
+        """Each is on its way once the first attempt of the one before it has been made."""
+        for notification in batch:
+            attempted = asyncio.Event()
+            self._start(self._deliver(notification, url, attempted))
+            await attempted.wait()
+
+    async def _deliver(self, notification: Notification, url: str, attempted: asyncio.Event | None = None) -> None:
+        try:
+            await self._attempts(notification, url, attempted or asyncio.Event())
+        finally:
+            if attempted is not None:
+                attempted.set()
+
+    async def _attempts(self, notification: Notification, url: str, attempted: asyncio.Event) -> None:
         data = {"type": notification.type, "id": notification.session_id, **_OWNER}
-        webhook_id = new_id("whe")
-        body = json.dumps({"type": "event", "id": webhook_id, "created_at": stamp(notification.at), "data": data})
+        webhook_id = notification.webhook_id
+        created_at = self._shown.moment(notification.at)
+        body = json.dumps({"type": "event", "id": webhook_id, "created_at": created_at, "data": data})
         for attempt in range(1, ATTEMPTS + 1):
             if self.disabled_reason is not None or self.url != url:
                 return
             delivery = await self._attempt(notification, webhook_id, url, body, attempt)
             self._on_delivery(delivery)
+            attempted.set()
             if delivery.is_ok:
                 return
             if delivery.status is not None and 300 <= delivery.status < 400:
@@ -161,7 +244,7 @@ class WebhookSender:
         self, notification: Notification, webhook_id: str, url: str, body: str, attempt: int
     ) -> Delivery:
         assert self._client is not None  # noqa: S101 - tasks start after open()
-        timestamp = int(self.wall_time())
+        timestamp = self._shown.wall_seconds(self.wall_time())
         headers = {
             "content-type": "application/json",
             "webhook-id": webhook_id,
