@@ -80,6 +80,8 @@ async def ack_and_claim(
             raise NotOurs(f"the claim was refused ({status})") from None
         sent_at, answer = await _settle_unknown_claim(api, job, lease, settle_seconds)
     note_beat(lease, answer, sent_at)
+    if lease.lost.is_set():
+        raise NotOurs("the item is another runner's, and about to be stopped")
 
 
 async def _settle_unknown_claim(
@@ -96,6 +98,7 @@ async def _settle_unknown_claim(
                 continue
             if again != first:
                 raise NotOurs("the claim was not answered, and another runner beats the item")
+        lease.last_heartbeat = first.last_heartbeat
         sent_at = lease.now()
         try:
             return sent_at, await beat(api, job, first.last_heartbeat or NO_HEARTBEAT)

@@ -160,11 +160,13 @@ class LeaseMiddleware(Middleware):
 
 
 def note_beat(lease: Lease, beat: BetaSelfHostedWorkHeartbeatResponse, sent_at: float) -> None:
-    """Takes in one answered heartbeat."""
-    if beat.state in ("stopping", "stopped") or not beat.lease_extended:
-        lease.stopping.set()
-    else:
+    """Takes in one answered heartbeat. While an item is stopping the server compares nothing, so we do (P10)."""
+    if beat.state not in ("stopping", "stopped") and beat.lease_extended:
         lease.beaten(beat.last_heartbeat, beat.ttl_seconds, sent_at)
+    elif lease.unknown_since is None and beat.last_heartbeat not in ("", lease.last_heartbeat):
+        lease.lost.set()
+    else:
+        lease.stopping.set()
 
 
 def lease_state(body: object) -> LeaseState:

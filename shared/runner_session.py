@@ -27,6 +27,7 @@ LEAVE_SECONDS = 10.0  # then, for our own stop and the held answers
 SETUP_ATTEMPTS = 3
 SETUP_PAUSE_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 30.0
+_ABORT_SECONDS = 1.0
 _RECENT_EVENTS = 100
 
 Emit = Callable[..., None]
@@ -47,6 +48,8 @@ class Session:
         kill: Callable[[], object],
         settle_seconds: float = SETTLE_SECONDS,
         pause_seconds: float = SETUP_PAUSE_SECONDS,
+        teardown_seconds: float = TEARDOWN_SECONDS,
+        leave_seconds: float = LEAVE_SECONDS,
     ) -> None:
         self._job = job
         self._lock = lock
@@ -56,6 +59,8 @@ class Session:
         self._kill = kill
         self._settle_seconds = settle_seconds
         self._pause_seconds = pause_seconds
+        self._teardown_seconds = teardown_seconds
+        self._leave_seconds = leave_seconds
         self._phase: Phase = "claimed"
         self._giving_up = False
         self._api = open_api(job)
@@ -137,8 +142,12 @@ class Session:
         )
         await first_of(run, self._leaving.wait(), self._lease.lost.wait())
         if not run.done():
-            run.cancel()
-            await asyncio.wait([run], timeout=TEARDOWN_SECONDS)
+            # The first cancellation lets the SDK end the tool, flush and stop; the second ends what still hangs then.
+            for seconds in (self._teardown_seconds, _ABORT_SECONDS):
+                run.cancel()
+                await asyncio.wait([run], timeout=seconds)
+                if run.done():
+                    break
         if not run.done() or run.cancelled() or (error := run.exception()) is None:
             return None
         while isinstance(error, BaseExceptionGroup):
@@ -202,7 +211,7 @@ class Session:
         again, for the next sandbox. Sent the other way round it would be spent on the item we are giving up."""
         told, held = self._leaving.is_set(), self._middleware.held
         try:
-            async with asyncio.timeout(LEAVE_SECONDS):
+            async with asyncio.timeout(self._leave_seconds):
                 if not self._middleware.stopped:
                     await self._stop()
                 if told:

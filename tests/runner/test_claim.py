@@ -214,13 +214,11 @@ async def test_a_lost_beat_is_not_adopted_when_the_item_was_queued_again(
 async def test_a_lease_without_an_answer_for_its_whole_time_is_lost(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
-    """R5: by the runner's own clock; the SDK would go on waiting for its first answer for 90 s."""
+    """R5: by the runner's own clock. The SDK, which has seen no answer of its own, would wait for 90 s."""
     runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="30")
-    running = runner.start()
-    await wait_idle(emulator, session_id)
+    proxy.hold("beat").released.set()  # the claim passes
     proxy.drop("beat", times=1000)
-    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
-    await until(emulator, lambda: emulator.work(session_id)["state"] == "stopped")
+    assert await asyncio.wait_for(runner.run(), 10) == (EXIT_LEASE_LOST, "the lease was lost")
     assert operations(emulator, "work.stop") == []
 
 
@@ -235,3 +233,40 @@ async def test_a_refused_beat_is_a_lost_lease(
     proxy.answer("beat", status, times=1000)
     assert await running == (EXIT_LEASE_LOST, "the lease was lost")
     assert operations(emulator, "work.stop") == []
+
+
+async def test_another_runners_item_is_not_stopped_because_it_is_stopping(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    """While an item is stopping the server compares nothing, so a claim is answered 200 whoever sends it."""
+    (tmp_path / "winner").mkdir()
+    loser = await in_process(emulator, proxy.url, tmp_path)
+    winner = await in_process(emulator, emulator.url, tmp_path / "winner", SANDBOX_MAX_IDLE_SECONDS="30")
+    serving = winner.start()
+    await wait_idle(emulator, session_id)
+    emulator.stop_work(session_id)
+    assert await loser.run() == (EXIT_LEASE_LOST, "the item is another runner's, and about to be stopped")
+    assert proxy.seen == ["ack", "beat"]
+    winner.session.leave()
+    await serving
+
+
+@pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
+@pytest.mark.parametrize("is_stopping", [False, True])
+async def test_a_lease_that_went_to_another_runner_is_neither_adopted_nor_stopped(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, is_stopping: bool
+) -> None:
+    (tmp_path / "next").mkdir()
+    first = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="1")
+    running = first.start()
+    await wait_idle(emulator, session_id)
+    emulator.advance(400)
+    second = await in_process(emulator, emulator.url, tmp_path / "next", SANDBOX_MAX_IDLE_SECONDS="30")
+    serving = second.start()
+    await until(emulator, lambda: emulator.work(session_id)["state"] == "active")
+    if is_stopping:
+        emulator.stop_work(session_id)
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    assert proxy.count("stop") == 0
+    second.session.leave()
+    await serving

@@ -103,7 +103,7 @@ async def test_sigterm_between_two_attempts_to_set_up(
     running = runner.start()
     await eventually(lambda: runner.events("retry"))
     runner.session.leave()
-    assert await running == HANDED_OVER
+    assert await asyncio.wait_for(running, 5) == HANDED_OVER
     assert proxy.count("stop") == 1
 
 
@@ -134,6 +134,20 @@ async def test_the_held_answer_goes_out_even_when_the_stop_could_not(
     assert await running == HANDED_OVER
     assert runner.events("handover") == [{"event": "handover", "answers": 1, "stopped": False}]
     assert results(emulator, session_id) == [INTERRUPTED]
+
+
+async def test_a_control_plane_that_hangs_does_not_keep_the_runner(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    emulator.say(session_id, SLOW)
+    runner = await in_process(emulator, proxy.url, tmp_path, teardown_seconds=0.5, leave_seconds=0.5)
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    for operation in ("beat", "stop", "send", "session"):
+        proxy.hold(operation, times=1000)
+    runner.session.leave()
+    assert await asyncio.wait_for(running, 5) == HANDED_OVER
+    assert proxy.count("stop") == 0
 
 
 @pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])

@@ -19,7 +19,18 @@ import pytest
 from shared.runner_claim import open_api, probe
 from shared.runner_job import EXIT_LEASE_LOST, EXIT_OK, parse_job
 from shared.runner_lock import Holder, LeaseState, Lock, LockHeld, take_over
-from tests.runner.support import Start, in_process, is_alive, job_values, operations, texts, until, wait_file, wait_idle
+from tests.runner.support import (
+    Start,
+    eventually,
+    in_process,
+    is_alive,
+    job_values,
+    operations,
+    texts,
+    until,
+    wait_file,
+    wait_idle,
+)
 from tools.emulator import Emulator, Switches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +88,12 @@ def answering(*states: LeaseState | None) -> Callable[[], Any]:
 
 async def never() -> LeaseState | None:
     raise AssertionError("the control plane was asked")
+
+
+async def stopped(pid: int) -> None:
+    """Stops the process, and waits until it is: of two pending signals the kernel delivers SIGTERM first."""
+    os.kill(pid, signal.SIGSTOP)
+    await eventually(lambda: "State:\tT" in Path(f"/proc/{pid}/status").read_text())
 
 
 async def test_a_free_lock_is_taken_without_a_question(tmp_path: Path) -> None:
@@ -145,7 +162,7 @@ async def test_a_hung_holder_is_killed_with_its_tree_after_the_grace(hold: Hold,
     child = int(holder.stdout.readline())
     assert holder.stdout.readline() == "held\n"
     if how == "stopped":
-        holder.send_signal(signal.SIGSTOP)
+        await stopped(holder.pid)
     taking = asyncio.create_task(take_over(Lock(tmp_path), answering(QUEUED), grace_seconds=0.6))
     await asyncio.wait([taking], timeout=0.3)
     assert holder.poll() is None  # not before the grace is over
@@ -266,7 +283,7 @@ async def test_a_newcomer_takes_over_from_a_hung_runner_whose_item_is_queued_aga
     session_id, first, _ = pair
     emulator.say(session_id, "![ -e shell ] || { echo $$ > shell; sleep 300; }; echo served")
     shell = int(await wait_file(tmp_path / "workspace" / "shell"))
-    first.process.send_signal(signal.SIGSTOP)
+    await stopped(first.process.pid)
     emulator.advance(400)
     job = await job_values(emulator, emulator.url)
     lock = Lock(tmp_path / "state")

@@ -57,19 +57,21 @@ async def test_the_stop_goes_through_at_the_end_of_a_turn(emulator: Emulator, se
     assert operations(emulator, "work.stop") == ["work.stop"]
 
 
+@pytest.mark.parametrize("look", ["session", "list"])
 async def test_a_message_between_the_idle_decision_and_the_stop_is_served_under_the_same_lease(
-    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, look: str
 ) -> None:
     emulator.say(session_id, "!echo one")
     runner = await in_process(emulator, proxy.url, tmp_path)
-    held = proxy.hold("session", times=2)  # the SDK's own at the start, and the guard's look before the stop
+    held = proxy.hold(look, times=2)  # the SDK's own at the start, and the guard's before the stop
     held.released.set()
     running = runner.start()
-    await proxy.wait_count("session", 1)
+    await proxy.wait_count(look, 1)
     held.released.clear()
     await wait_idle(emulator, session_id)
-    await proxy.wait_count("session", 2)  # the idle decision has been taken
-    emulator.say(session_id, "!echo two")
+    await proxy.wait_count(look, 2)  # the idle decision has been taken
+    emulator.set_script(session_id, [sleep(0.5), call("bash", command="echo two"), repeat_output, end()])
+    emulator.say(session_id, "go on")
     held.released.set()
     assert await running == IDLE
     assert texts(emulator, session_id) == ["one", "two"]
@@ -207,17 +209,17 @@ async def test_a_set_up_that_keeps_failing_is_told_to_the_agent(
     assert len(runner.events("retry")) == 3
 
 
-async def test_nobody_is_told_and_nothing_stopped_while_the_control_plane_is_down(
+async def test_who_cannot_give_up_goes_on_trying_and_no_other_stop_slips_through(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
     emulator.say(session_id, "!echo late")
     runner = await in_process(emulator, proxy.url, tmp_path, pause_seconds=0.02)
-    proxy.answer("session", 500, times=12)  # three passes, each with the SDK's three attempts and our look
-    proxy.answer("list", 500, times=3)  # then we want to give up, and cannot say so
-    assert await runner.run() == IDLE
-    assert len(runner.events("retry")) == 3
-    assert proxy.count("stop") == 1
-    assert texts(emulator, session_id) == ["late"]
+    proxy.answer("session", 500, times=1000)
+    proxy.answer("list", 500, times=3)  # after the third pass we cannot see whom to tell
+    proxy.answer("stop", 500, times=2)  # after the fourth, not stop; and the SDK's stop of the fifth is still refused
+    assert (await runner.run())[1] == "set-up failed 5 times (InternalServerError); the agent was told"
+    assert proxy.count("stop") == 3
+    assert len(results(emulator, session_id)) == 1
 
 
 async def test_a_stream_that_is_refused_at_once_is_a_failure_and_no_endless_loop(
