@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
@@ -17,7 +18,7 @@ import time
 
 from . import log
 from .dispatcher import Dispatcher, open_client
-from .errors import SandboxesError
+from .errors import SettingsError
 from .settings import Settings
 
 SWEEP_SECONDS = 60.0
@@ -27,20 +28,37 @@ SHUTDOWN_SECONDS = 20.0
 _log = logging.getLogger(__name__)
 
 
-async def run(dispatcher: Dispatcher, *, stop: asyncio.Event, poll: bool = True) -> None:
-    """Sweeps each minute, and polls in between unless webhooks do the waking, until `stop` is set."""
+async def run(
+    dispatcher: Dispatcher,
+    *,
+    stop: asyncio.Event,
+    poll: bool = True,
+    sweep_seconds: float = SWEEP_SECONDS,
+    pause_seconds: tuple[float, float] = POLL_PAUSE_SECONDS,
+) -> None:
+    """Sweeps each minute, and polls in between unless webhooks do the waking, until `stop` is set.
+
+    Neither waits for the other: a sweep can take minutes, and new work must not.
+    """
+    sweeping: asyncio.Task[None] | None = None
     swept_at = float("-inf")
-    while not stop.is_set():
-        if time.monotonic() - swept_at >= SWEEP_SECONDS:
-            swept_at = time.monotonic()
-            await dispatcher.sweep()
-        elif poll:
-            await dispatcher.drain()
-        pause = random.uniform(*POLL_PAUSE_SECONDS)  # noqa: S311 - spreads load, guards nothing
-        try:
-            await asyncio.wait_for(stop.wait(), pause)
-        except TimeoutError:
-            continue
+    try:
+        while not stop.is_set():
+            if sweeping is not None and sweeping.done():
+                sweeping.result()
+                sweeping = None
+            if sweeping is None and time.monotonic() - swept_at >= sweep_seconds:
+                swept_at = time.monotonic()
+                sweeping = asyncio.create_task(dispatcher.sweep())
+            elif poll:
+                dispatcher.wake()
+            pause = random.uniform(*pause_seconds)  # noqa: S311 - spreads load, guards nothing
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), pause)
+    finally:
+        if sweeping is not None:
+            sweeping.cancel()
+            await asyncio.gather(sweeping, return_exceptions=True)
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -78,7 +96,7 @@ def main() -> int:
     sys.path.insert(0, os.getcwd())  # the folder's own modules, when started from elsewhere on the path
     try:
         asyncio.run(serve())
-    except SandboxesError as error:
+    except SettingsError as error:
         _log.error(log.line("settings", reason=error.args[0]))
         return 2
     return 0

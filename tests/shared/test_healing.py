@@ -1,0 +1,483 @@
+"""Healing against the emulator: strands end, and what is no strand is left alone.
+
+A runner that dies is played with the SDK: it acks, beats, and is never heard of again.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx2
+import pytest
+from anthropic import AsyncAnthropic
+
+from shared.dispatcher import Dispatcher
+from shared.healing import LATEST_PER_SWEEP, LOST, OTHERS_PER_SWEEP, Healer
+from tests.shared.conftest import MakeDispatcher
+from tests.shared.support import (
+    HEALABLE_SECONDS,
+    Detour,
+    FakeProvider,
+    claim,
+    count,
+    says_ready,
+    settings_for,
+)
+from tools.emulator import Clock, Emulator, Switches, call, custom, end, repeat_output, say, tools
+
+LAPSE_SECONDS = 361.0  # past the lease and the server's sweeper
+TWO_CALLS = [tools(call("bash", command="one")), tools(call("bash", command="two")), repeat_output, end()]
+
+
+class World:
+    """An emulator with its switches, a host on it, and the runner's part in between."""
+
+    def __init__(
+        self, emulator: Emulator, client: AsyncAnthropic, dispatcher: Dispatcher, provider: FakeProvider
+    ) -> None:
+        self.emulator = emulator
+        self.client = client
+        self.dispatcher = dispatcher
+        self.provider = provider
+
+    async def strand(self, *steps: Any, session: str | None = None) -> str:
+        """A session with a turn under way whose runner claimed the item, died, and whose lease has lapsed."""
+        session = session or self.emulator.create_session()
+        if steps:
+            self.emulator.set_script(session, steps)
+        await self.dispatcher.drain()
+        await claim(self.client, self.emulator, session)
+        self.emulator.say(session, "!go")
+        self.emulator.advance(LAPSE_SECONDS)
+        self.emulator.advance(HEALABLE_SECONDS)
+        assert self.emulator.work(session)["state"] == "stopped"
+        return session
+
+    async def claim_and_die(self, session: str) -> None:
+        await claim(self.client, self.emulator, session)
+        self.emulator.advance(LAPSE_SECONDS)
+        self.emulator.advance(HEALABLE_SECONDS)
+        assert self.emulator.work(session)["state"] == "stopped"
+
+    async def sweep_later(self) -> None:
+        self.emulator.advance(HEALABLE_SECONDS)
+        await self.dispatcher.sweep()
+
+    def results(self, session: str) -> list[tuple[str, bool]]:
+        events = self.emulator.events(session, "user.tool_result")
+        return [(event["content"][0]["text"], event["is_error"]) for event in events]
+
+    def sent(self, session: str, *types: str) -> int:
+        return len(self.emulator.events(session, *types))
+
+    def said(self, session: str) -> str:
+        text: str = self.emulator.events(session, "agent.message")[-1]["content"][0]["text"]
+        return text
+
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+async def make_world(make_dispatcher: MakeDispatcher) -> AsyncIterator[MakeWorld]:
+    made: list[World] = []
+
+    def make(switches: Switches | None = None, clock: Clock | None = None) -> World:
+        emulator = Emulator(switches=switches, clock=clock).start()
+        client = AsyncAnthropic(auth_token=emulator.environment_key, base_url=emulator.url, max_retries=0)
+        provider = FakeProvider(says_ready)
+        made.append(World(emulator, client, make_dispatcher(provider, on=emulator), provider))
+        return made[-1]
+
+    yield make
+    for world in made:
+        await world.client.close()
+        await world.dispatcher.close(0)
+        world.emulator.stop()
+
+
+@pytest.fixture
+def world(make_world: MakeWorld) -> World:
+    return make_world()
+
+
+# --- strands ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_call_whose_runner_died_is_answered_once_and_the_session_goes_on(world: World) -> None:
+    session = await world.strand()
+    launched = len(world.provider.started)
+    await world.dispatcher.sweep()
+    assert world.results(session) == [(LOST, True)]
+    assert world.said(session) == f"Error: {LOST}"
+    assert world.provider.started[launched:] == [session]  # queued again by the answer, and launched in the same sweep
+    await world.sweep_later()
+    assert len(world.results(session)) == 1
+    assert world.sent(session, "user.interrupt") == 0
+
+
+async def test_all_calls_of_a_strand_are_answered_together(world: World) -> None:
+    calls = tools(*(call(name, command="x") for name in ("bash", "read", "write", "edit", "glob", "grep")))
+    session = await world.strand(calls, say("told"), end())
+    await world.dispatcher.sweep()
+    assert len(world.results(session)) == 6
+    assert world.said(session) == "told"
+    assert count(world.emulator, "events.send") == 1
+
+
+async def test_a_call_that_a_person_allowed_is_answered(world: World) -> None:
+    session = await world.strand(tools(call("bash", permission="ask", command="x")), repeat_output, end())
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+    (waiting,) = world.emulator.pending_calls(session)
+    verdict = {"type": "user.tool_confirmation", "tool_use_id": waiting, "result": "allow"}
+    world.emulator.send(session, verdict)
+    await world.claim_and_die(session)
+    await world.dispatcher.sweep()
+    assert world.results(session) == [(LOST, True)]
+
+
+async def test_runner_after_runner_may_die_without_an_interrupt(world: World) -> None:
+    """Answers queue the session here, so the turn can always go on, however often it is stranded."""
+    session = await world.strand(*TWO_CALLS)
+    await world.dispatcher.sweep()
+    await world.claim_and_die(session)
+    await world.dispatcher.sweep()
+    assert len(world.results(session)) == 2
+    assert world.sent(session, "user.interrupt") == 0
+    assert world.said(session) == f"Error: {LOST}"
+
+
+async def test_where_answers_do_not_queue_the_second_one_brings_an_interrupt(make_world: MakeWorld) -> None:
+    world = make_world(Switches(result_on_stopped_item="ignored"))
+    session = await world.strand(*TWO_CALLS)
+    await world.dispatcher.sweep()
+    assert (len(world.results(session)), world.sent(session, "user.interrupt")) == (1, 0)
+    await world.sweep_later()
+    assert (len(world.results(session)), world.sent(session, "user.interrupt")) == (2, 1)
+    assert world.emulator.work(session)["state"] == "queued"
+    await world.sweep_later()
+    assert (len(world.results(session)), world.sent(session, "user.interrupt")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "other", [custom("theirs"), call("bash", permission="ask", command="x")], ids=["custom", "ask"]
+)
+async def test_no_interrupt_while_somebody_else_is_waited_for(make_world: MakeWorld, other: Any) -> None:
+    world = make_world(Switches(result_on_stopped_item="ignored"))
+    session = await world.strand(tools(call("bash", command="x")), tools(call("bash", command="y"), other), end())
+    await world.dispatcher.sweep()
+    await world.sweep_later()
+    assert len(world.results(session)) == 2
+    for _ in range(3):
+        await world.sweep_later()
+    assert (len(world.results(session)), world.sent(session, "user.interrupt")) == (2, 0)
+    assert len(world.emulator.pending_calls(session)) == 1
+
+
+async def test_a_denied_key_heals_nothing_and_breaks_nothing(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make_world(Switches(environment_key_may_answer=False))
+    session = await world.strand()
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+    assert f"action=heal session={session}" in caplog.text
+
+
+# --- what is no strand of ours ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "waits_for",
+    [custom("theirs"), call("bash", permission="ask", command="x"), call("not_our_tool", command="x")],
+    ids=["custom", "unconfirmed", "unknown tool"],
+)
+async def test_what_others_must_answer_is_left_alone(world: World, waits_for: Any) -> None:
+    session = await world.strand(tools(waits_for), end())
+    pending = world.emulator.pending_calls(session)
+    await world.dispatcher.sweep()
+    await world.sweep_later()
+    assert world.emulator.pending_calls(session) == pending
+    assert count(world.emulator, "events.send") == 0
+
+
+async def test_a_denied_call_is_not_answered(world: World) -> None:
+    mixed = tools(call("bash", permission="deny", command="x"), call("bash", command="y"))
+    session = await world.strand(mixed, end())
+    denied, allowed = (event["id"] for event in world.emulator.events(session, "agent.tool_use"))
+    await world.dispatcher.sweep()
+    answered = [event["tool_use_id"] for event in world.emulator.events(session, "user.tool_result")]
+    assert (answered, denied in answered) == ([allowed], False)
+
+
+async def test_a_call_that_a_person_denied_is_not_answered(world: World) -> None:
+    two = tools(call("bash", permission="ask", command="x"), custom("theirs"))
+    session = await world.strand(two, end())
+    verdict = {
+        "type": "user.tool_confirmation",
+        "tool_use_id": world.emulator.pending_calls(session)[0],
+        "result": "deny",
+    }
+    world.emulator.send(session, verdict)
+    await world.claim_and_die(session)
+    await world.dispatcher.sweep()
+    assert count(world.emulator, "events.send") == 0
+
+
+async def test_a_terminated_session_is_left_alone(world: World) -> None:
+    session = await world.strand()
+    world.emulator.archive_session(session)
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+
+
+async def test_a_session_deleted_under_the_sweep_is_no_error(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    session = await world.strand()
+    healer = Healer(world.client, settings_for(world.emulator))
+    items = await healer.list_work()
+    assert items is not None
+    world.emulator.delete_session(session)
+    assert await healer.heal(items) == 0
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
+async def test_a_turn_that_an_interrupt_ended_is_over(world: World) -> None:
+    session = await world.strand()
+    world.emulator.send(session, {"type": "user.interrupt"})
+    await world.claim_and_die(session)
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+
+
+async def test_a_long_call_of_a_healthy_runner_is_left_alone(world: World) -> None:
+    emulator, work = world.emulator, world.client.beta.environments.work
+    session = emulator.create_session()
+    emulator.say(session, "!sleep 3600")
+    await world.dispatcher.drain()
+    await claim(world.client, emulator, session)
+    for _ in range(6):
+        emulator.advance(200)
+        await work.heartbeat(session, environment_id=emulator.environment_id)
+        await world.dispatcher.sweep()
+    assert emulator.work(session)["state"] == "active"
+    assert count(emulator, "events.send") == count(emulator, "work.stop") == 0
+    assert len(emulator.pending_calls(session)) == 1
+
+
+async def test_a_runner_that_has_just_stopped_may_still_post_its_answers(world: World) -> None:
+    emulator = world.emulator
+    session = emulator.create_session()
+    emulator.say(session, "!true")
+    await world.dispatcher.drain()
+    await claim(world.client, emulator, session)
+    emulator.stop_work(session, force=True)
+    emulator.advance(HEALABLE_SECONDS - 5)
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+    emulator.advance(6)
+    await world.dispatcher.sweep()
+    assert len(world.results(session)) == 1
+
+
+async def test_a_session_that_went_on_since_the_list_is_left_alone(world: World) -> None:
+    """Between the list and the look, a new runner has taken the session and works on a new call."""
+    emulator = world.emulator
+    session = await world.strand(tools(call("bash", command="one")), end(), tools(call("bash", command="two")), end())
+    emulator.send(session, {"type": "user.interrupt"})
+    await world.claim_and_die(session)
+    healer = Healer(world.client, settings_for(emulator))
+    items = await healer.list_work()
+    assert items is not None
+    emulator.say(session, "again")
+    await claim(world.client, emulator, session)
+    assert len(emulator.pending_calls(session)) == 1
+    assert await healer.heal(items) == 0
+    assert world.results(session) == []
+
+
+# --- acked and never claimed -----------------------------------------------------------------------------------------
+
+
+async def test_an_item_acked_and_never_claimed_is_freed_and_its_turn_goes_on(world: World) -> None:
+    emulator = world.emulator
+    session = emulator.create_session()
+    emulator.say(session, "!go")
+    await claim(world.client, emulator, session, beat=False)
+    emulator.advance(149)
+    await world.dispatcher.sweep()
+    assert emulator.work(session)["state"] == "starting"
+    emulator.advance(3)
+    await world.dispatcher.sweep()
+    assert emulator.work(session)["state"] == "stopped"
+    await world.sweep_later()
+    assert world.results(session) == [(LOST, True)]
+    assert world.said(session) == f"Error: {LOST}"
+
+
+async def test_an_item_claimed_since_the_list_is_not_stopped(world: World) -> None:
+    emulator = world.emulator
+    session = emulator.create_session()
+    await claim(world.client, emulator, session, beat=False)
+    emulator.advance(160)
+    healer = Healer(world.client, settings_for(emulator))
+    items = await healer.list_work()
+    assert items is not None
+    await world.client.beta.environments.work.heartbeat(
+        session, environment_id=emulator.environment_id, expected_last_heartbeat="NO_HEARTBEAT"
+    )
+    assert await healer.heal(items) == 0
+    assert emulator.work(session)["state"] == "active"
+    assert count(emulator, "work.stop") == 0
+
+
+async def test_an_item_that_is_stopping_already_is_not_stopped_again(world: World) -> None:
+    emulator = world.emulator
+    session = emulator.create_session()
+    await claim(world.client, emulator, session, beat=False)
+    emulator.advance(160)
+    healer = Healer(world.client, settings_for(emulator))
+    items = await healer.list_work()
+    assert items is not None
+    emulator.stop_work(session, force=True)
+    assert await healer.heal(items) == 0
+    assert count(emulator, "work.stop") == 0
+
+
+async def test_work_ids_need_not_be_session_ids(make_world: MakeWorld) -> None:
+    world = make_world(Switches(work_id="work_"))
+    emulator = world.emulator
+    unclaimed = emulator.create_session()
+    await claim(world.client, emulator, unclaimed, beat=False)
+    emulator.advance(160)
+    await world.dispatcher.sweep()
+    assert emulator.work(unclaimed)["state"] == "stopped"
+    session = await world.strand()
+    await world.dispatcher.sweep()
+    assert world.results(session) == [(LOST, True)]
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("years", [-20, 20])
+async def test_time_is_the_servers(make_world: MakeWorld, years: int) -> None:
+    clock = Clock(dt.datetime.now(dt.UTC) + dt.timedelta(days=365 * years))
+    world = make_world(clock=clock)
+    session = world.emulator.create_session()
+    world.emulator.say(session, "!go")
+    await world.dispatcher.drain()
+    await claim(world.client, world.emulator, session)
+    world.emulator.stop_work(session, force=True)
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+    await world.sweep_later()
+    assert world.results(session) == [(LOST, True)]
+
+
+async def test_without_the_servers_time_nothing_is_judged(world: World, detour: Detour) -> None:
+    session = await world.strand()
+
+    def timeless(_: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
+        headers = {name: value for name, value in response.headers.items() if name != "date"}
+        return httpx2.Response(response.status_code, headers=headers, content=response.content)
+
+    detour.changes.append(timeless)
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+
+
+# --- cost and fairness -----------------------------------------------------------------------------------------------
+
+
+def finish(emulator: Emulator) -> str:
+    """A session with a turn behind it and a stopped item."""
+    session = emulator.create_session()
+    emulator.say(session, "hello")
+    emulator.stop_work(session, force=True)
+    return session
+
+
+async def test_a_finished_session_costs_one_small_request(world: World) -> None:
+    for _ in range(10):
+        finish(world.emulator)
+    world.emulator.advance(HEALABLE_SECONDS)
+    await world.dispatcher.sweep()
+    records = [record for record in world.emulator.requests if record.operation == "events.list"]
+    assert len(records) == 10
+    assert {tuple(record.query["limit"]) for record in records} == {("1",)}
+    assert count(world.emulator, "sessions.get") == 0
+
+
+async def test_a_sweep_looks_at_so_many_and_at_the_latest_first(world: World) -> None:
+    emulator = world.emulator
+    stranded = emulator.create_session()  # the oldest item there is, stopped last
+    for _ in range(60):
+        finish(emulator)
+    emulator.advance(HEALABLE_SECONDS)
+    emulator.say(stranded, "!go")
+    emulator.stop_work(stranded, force=True)
+    emulator.advance(HEALABLE_SECONDS)
+    await world.dispatcher.sweep()
+    assert world.results(stranded) == [(LOST, True)]
+    looks = [r for r in emulator.requests if r.operation == "events.list" and r.query["limit"] == ["1"]]
+    assert len(looks) == LATEST_PER_SWEEP + OTHERS_PER_SWEEP
+
+
+async def test_a_strand_behind_many_finished_sessions_is_found_by_hosts_without_memory(world: World) -> None:
+    """A serverless sweep is a new process each time. Each finds it with a chance of two in three."""
+    emulator = world.emulator
+    stranded = emulator.create_session()
+    emulator.say(stranded, "!go")
+    emulator.stop_work(stranded, force=True)
+    emulator.advance(HEALABLE_SECONDS)
+    for _ in range(LATEST_PER_SWEEP + OTHERS_PER_SWEEP + 10):
+        finish(emulator)
+    emulator.advance(HEALABLE_SECONDS)
+    for _ in range(70):
+        healer = Healer(world.client, settings_for(emulator))
+        items = await healer.list_work()
+        assert items is not None
+        if await healer.heal(items):
+            break
+    assert world.results(stranded) == [(LOST, True)]
+
+
+async def test_one_session_that_cannot_be_read_delays_no_other(
+    world: World, detour: Detour, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = await world.strand()
+    second = await world.strand()
+    detour.changes.append(
+        lambda request, _: httpx2.Response(403, json={}) if f"/sessions/{first}/" in request.url.path else None
+    )
+    await world.dispatcher.sweep()
+    assert world.results(first) == []
+    assert world.results(second) == [(LOST, True)]
+    assert f"action=heal session={first}" in caplog.text
+
+
+async def test_a_429_ends_the_looking(world: World, detour: Detour) -> None:
+    for _ in range(5):
+        finish(world.emulator)
+    world.emulator.advance(HEALABLE_SECONDS)
+    slow_down = {"retry-after-ms": "1"}
+    detour.changes.append(
+        lambda request, _: httpx2.Response(429, headers=slow_down) if request.url.path.endswith("/events") else None
+    )
+    await world.dispatcher.sweep()
+    assert count(world.emulator, "events.list") == 1 + 2  # the SDK's own retries
+
+
+async def test_work_that_cannot_be_listed_is_for_the_next_sweep(world: World, detour: Detour) -> None:
+    session = await world.strand()
+    detour.changes.append(
+        lambda request, _: httpx2.Response(403, json={}) if request.url.path.endswith("/work") else None
+    )
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+    detour.changes.clear()
+    await world.dispatcher.sweep()
+    assert world.results(session) == [(LOST, True)]
