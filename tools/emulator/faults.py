@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Literal, get_args
 
 from starlette.requests import Request
@@ -54,6 +54,14 @@ class Fault:
     @property
     def is_over(self) -> bool:
         return self.count is not None and self.hits >= self.count
+
+
+@dataclass(frozen=True)
+class Encounter:
+    """A request has met a fault, at this time: the delays count from here."""
+
+    fault: Fault
+    at: datetime
 
 
 @dataclass(eq=False)
@@ -130,8 +138,14 @@ class Faults:
 
     # Requests
 
-    def take(self, operation: str | None) -> Fault | None:
+    def meet(self, operation: str) -> Encounter | None:
         """The fault that a request of this operation meets. The later ones do not count it."""
+        encounter = self._meet(operation, self._engine.clock.now())
+        if encounter is not None:
+            self._engine.ring()
+        return encounter
+
+    def _meet(self, operation: str, now: datetime) -> Encounter | None:
         with self._lock:
             for fault in self._armed:
                 if fault.operation not in (operation, ANY_OPERATION):
@@ -142,37 +156,36 @@ class Faults:
                 fault.hits += 1
                 if fault.is_over:
                     self._armed.remove(fault)
-                return fault
+                return Encounter(fault, now)
         return None
 
     async def carry_out(
         self,
-        fault: Fault | None,
+        met: Encounter | None,
         request: Request,
         serve: Callable[[], Awaitable[Response]],
         refuse: Callable[[int], Response],
     ) -> Response:
         """Serve the request as the fault has it. `refuse` is told 0 for a request that is never answered."""
-        match fault.kind if fault else None:
+        if met is None:
+            return await serve()
+        due = met.at + timedelta(seconds=met.fault.seconds)
+        match met.fault.kind:
             case "drop":
                 return await self._hang_up(request, refuse(0))
-            case "fail" if fault:
-                return refuse(fault.status)
-            case "delay_request" if fault:
-                await self._wait(fault.seconds)
-                return await serve()
-            case "delay" if fault:
+            case "fail":
+                return refuse(met.fault.status)
+            case "delay_request":
+                await self._engine.wait_for_instant(due)
+            case "delay":
                 response = await serve()
-                await self._wait(fault.seconds)
+                await self._engine.wait_for_instant(due)
                 return response
             case "lose_response":
                 return await self._hang_up(request, await serve())
             case "duplicate":
                 await serve()
         return await serve()
-
-    async def _wait(self, seconds: float) -> None:
-        await self._engine.wait_for_instant(self._engine.clock.now() + timedelta(seconds=seconds))
 
     async def _hang_up(self, request: Request, unheard: Response) -> Response:
         self.hang_up(client_of(request))
@@ -211,6 +224,7 @@ class Faults:
             if cut.hits >= cut.count:
                 self._cuts.remove(cut)
         self.hang_up(stream.client)
+        self._engine.ring()
         return True
 
 

@@ -120,13 +120,14 @@ class Control:
 
     async def serve(self, request: Request, operation: str, handler: Handler) -> Response:
         """Run one operation, as the fault that it meets has it."""
-        fault = self.faults.take(operation)
+        met = self.faults.meet(operation)
+        fault = met.fault if met else None
 
         def refuse(status: int) -> Response:
             return self._refuse(request, Injected(status), operation, fault)
 
         return await self.faults.carry_out(
-            fault, request, lambda: self._serve(request, operation, handler, fault), refuse
+            met, request, lambda: self._serve(request, operation, handler, fault), refuse
         )
 
     async def _serve(self, request: Request, operation: str, handler: Handler, fault: Fault | None) -> Response:

@@ -171,11 +171,13 @@ class WebhookSender:
 
     def _dispatch(self, notification: Notification, url: str) -> None:
         """Send a webhook as the next fault has it. On the loop only, so they come here in the order of transitions."""
+        now = self._engine.clock.now()
         fault = self.faults[0] if self.faults else None
         if fault is not None:
             fault.hits += 1
             if fault.hits >= fault.count:
                 self.faults.remove(fault)
+            self._engine.ring()
         match fault.kind if fault else None:
             case "lose":
                 return
@@ -183,7 +185,7 @@ class WebhookSender:
                 self._held.append(notification)
                 return
             case "delay" if fault:
-                self._start(self._deliver_later(notification, url, fault.seconds))
+                self._start(self._deliver_later(notification, url, now + timedelta(seconds=fault.seconds)))
                 return
             case "duplicate":
                 self._start(self._deliver(notification, url))
@@ -199,8 +201,8 @@ class WebhookSender:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _deliver_later(self, notification: Notification, url: str, seconds: float) -> None:
-        await self._engine.wait_for_instant(self._engine.clock.now() + timedelta(seconds=seconds))
+    async def _deliver_later(self, notification: Notification, url: str, due: datetime) -> None:
+        await self._engine.wait_for_instant(due)
         if not self._engine.is_closing:
             await self._deliver(notification, url)
 
