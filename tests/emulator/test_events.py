@@ -11,8 +11,7 @@ import pytest
 from anthropic import APIStatusError, AsyncAnthropic
 
 from tests.emulator.support import at, bearer, error_of
-from tools.emulator import Emulator, sleep
-from tools.emulator.operations import events as event_operations
+from tools.emulator import Emulator, sleep, streams
 
 
 def hello(text: str = "hello") -> Any:
@@ -155,7 +154,7 @@ async def test_stopping_the_emulator_ends_its_streams(owner: AsyncAnthropic, emu
 
 
 def test_a_quiet_stream_is_kept_alive(emulator: Emulator, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_operations, "KEEP_ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr(streams, "KEEP_ALIVE_SECONDS", 0.01)
     session_id = emulator.create_session()
     path = f"/v1/sessions/{session_id}/events/stream"
     with http.stream("GET", path, headers=bearer(emulator.api_key)) as response:

@@ -1,6 +1,20 @@
 """A local control plane for self-hosted environments; see README.md, limits first."""
 
-from .agents import Call, Step, ToolResult, call, custom, end, error, repeat_output, say, shell_agent, sleep, tools
+from .agents import (
+    Call,
+    Step,
+    ToolResult,
+    call,
+    custom,
+    delegate,
+    end,
+    error,
+    repeat_output,
+    say,
+    shell_agent,
+    sleep,
+    tools,
+)
 from .clock import Clock
 from .emulator import Emulator
 from .faults import Cut, Fault
@@ -24,6 +38,7 @@ __all__ = [
     "WebhookFault",
     "call",
     "custom",
+    "delegate",
     "end",
     "error",
     "repeat_output",

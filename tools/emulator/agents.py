@@ -51,6 +51,18 @@ class Error:
 
 
 @dataclass(frozen=True)
+class Delegate:
+    """A sub-agent gets the message, works through its steps in a thread of its own, and its last words come back.
+
+    The caller waits; what comes back are the results of one call named after the sub-agent.
+    """
+
+    agent_name: str
+    message: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
 class End:
     """The turn is over; what follows in the list is for the next user message."""
 
@@ -70,7 +82,7 @@ class ToolResult:
 
 
 Results = Sequence[ToolResult]
-Step = Say | Tools | Call | Sleep | Error | End | Callable[[Results], "Step | Sequence[Step]"]
+Step = Say | Tools | Call | Sleep | Error | Delegate | End | Callable[[Results], "Step | Sequence[Step]"]
 
 
 def say(text: str) -> Say:
@@ -89,6 +101,10 @@ def tools(*calls: Call) -> Tools:
     if not calls:
         raise ValueError("tools() needs at least one call")
     return Tools(calls)
+
+
+def delegate(agent_name: str, message: str, *steps: Step) -> Delegate:
+    return Delegate(agent_name, message, steps)
 
 
 def sleep(seconds: float) -> Sleep:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from .clock import Clock
 from .state import World
-from .state.turns import Notify
+from .state.narration import Notify
 from .switches import Switches
 
 T = TypeVar("T")

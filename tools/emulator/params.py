@@ -221,6 +221,19 @@ class EventListQuery(Params):
     created_at_lte: AwareDatetime | None = Field(default=None, alias="created_at[lte]")
 
 
+class ThreadListQuery(Params):
+    limit: int = Field(default=1000, ge=1, le=1000)
+    page: str | None = None
+    statuses: list[Literal["idle", "running", "rescheduling", "terminated"]] | None = Field(
+        default=None, alias="statuses[]"
+    )
+
+
+class ThreadEventListQuery(Params):
+    limit: int = Field(default=1000, ge=1, le=1000)
+    page: str | None = None
+
+
 class EventStreamQuery(Params):
     event_deltas: list[Literal["agent.message", "agent.thinking"]] | None = Field(default=None, alias="event_deltas[]")
 

@@ -12,6 +12,7 @@ from .state import Session, WorkItem
 from .state.catalog import Agent, Environment
 from .state.memory import Memory, MemoryStore
 from .state.skills import Skill, SkillVersion
+from .state.threads import Thread
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -73,7 +74,6 @@ def agent(it: Agent) -> Json:
 
 
 def session(it: Session, now: datetime) -> Json:
-    active = it.active + (now - it.running_since if it.running_since else now - now)
     return {
         "id": it.id,
         "type": "session",
@@ -88,13 +88,38 @@ def session(it: Session, now: datetime) -> Json:
         "budget": None,
         "deployment_id": None,
         "stats": {
-            "active_seconds": active.total_seconds(),
+            "active_seconds": it.meter.seconds(now),
             "duration_seconds": (now - it.created_at).total_seconds(),
         },
-        "usage": it.usage(),
+        "usage": it.meter.usage(),
         "created_at": stamp(it.created_at),
         "updated_at": stamp(it.updated_at),
         "archived_at": optional_stamp(it.archived_at),
+    }
+
+
+def thread(session: Session, it: Thread | None, now: datetime) -> Json:
+    """A sub-agent's thread, or (None) the primary one."""
+    meter = it.meter if it else session.meter
+    created_at, updated_at = (it.created_at, it.updated_at) if it else (session.created_at, session.updated_at)
+    end = it.archived_at if it and it.archived_at else now
+    return {
+        "id": it.id if it else session.thread_id,
+        "type": "session_thread",
+        "session_id": session.id,
+        "parent_thread_id": session.thread_id if it else None,
+        "workflow_run_id": None,
+        "agent": {**session.agent, "name": it.agent_name} if it else session.agent,
+        "status": it.status if it else session.status,
+        "stats": {
+            "active_seconds": meter.seconds(now),
+            "duration_seconds": (end - created_at).total_seconds(),
+            "startup_seconds": 0.0,
+        },
+        "usage": meter.usage(),
+        "created_at": stamp(created_at),
+        "updated_at": stamp(updated_at),
+        "archived_at": optional_stamp(it.archived_at if it else session.archived_at),
     }
 
 

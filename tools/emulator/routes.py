@@ -12,11 +12,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .errors import MethodNotAllowed, NotFound
-from .operations import catalog, events, memory, sessions, skills, work
+from .operations import catalog, events, memory, sessions, skills, threads, work
 from .requests import Control, Handler
 
 _WORK = "/v1/environments/{environment_id}/work"
 _SESSION = "/v1/sessions/{session_id}"
+_THREAD = _SESSION + "/threads/{thread_id}"
 _SKILL = "/v1/skills/{skill_id}"
 _STORE = "/v1/memory_stores/{memory_store_id}"
 _MEMORY = _STORE + "/memories/{memory_id}"
@@ -47,6 +48,11 @@ ROUTES: tuple[tuple[str, str, str, Handler], ...] = (
     ("POST", f"{_SESSION}/events", "events.send", events.send_events),
     ("GET", f"{_SESSION}/events", "events.list", events.list_events),
     ("GET", f"{_SESSION}/events/stream", "events.stream", events.stream_events),
+    ("GET", f"{_SESSION}/threads", "threads.list", threads.list_threads),
+    ("GET", _THREAD, "threads.get", threads.get_thread),
+    ("POST", f"{_THREAD}/archive", "threads.archive", threads.archive_thread),
+    ("GET", f"{_THREAD}/events", "threads.events", threads.list_events),
+    ("GET", f"{_THREAD}/stream", "threads.stream", threads.stream_events),
     ("GET", f"{_SESSION}/resources", "sessions.resources", sessions.list_resources),
     ("POST", f"{_SESSION}/resources", "sessions.add_resource", sessions.add_resource),
     ("POST", "/v1/skills", "skills.create", skills.create_skill),

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
 
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from tools.emulator import replies
-from tools.emulator.engine import Engine, wait_event
 from tools.emulator.params import EventListQuery, EventsBody, EventStreamQuery
 from tools.emulator.requests import Call
-from tools.emulator.state import Event, Session
-
-KEEP_ALIVE_SECONDS = 15.0
-_PING = 'event: ping\ndata: {"type": "ping"}\n\n'
+from tools.emulator.state import Event
+from tools.emulator.streams import stream
 
 
 async def send_events(call: Call) -> dict[str, Any]:
@@ -62,22 +57,4 @@ async def stream_events(call: Call) -> Response:
     """
     call.query(EventStreamQuery)
     with call.engine.transact():
-        session = call.world.session(call.path["session_id"])
-        start = len(session.broadcast)
-    headers = {"cache-control": "no-cache"}
-    return StreamingResponse(_frames(call.engine, session, start), media_type="text/event-stream", headers=headers)
-
-
-async def _frames(engine: Engine, session: Session, sent: int) -> AsyncIterator[str]:
-    with engine.listen() as changed:
-        while not engine.is_closing:
-            changed.clear()
-            with engine.transact():
-                fresh = session.broadcast[sent:]
-            sent += len(fresh)
-            for event in fresh:
-                yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
-                if event["type"] == "session.deleted":
-                    return
-            if not await wait_event(changed, KEEP_ALIVE_SECONDS):
-                yield _PING
+        return stream(call.engine, call.world.session(call.path["session_id"]).broadcast)

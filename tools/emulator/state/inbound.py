@@ -26,13 +26,16 @@ def check(session: Session, inbound: Sequence[Inbound], switches: Switches) -> N
     answered: set[str] = set()
     for event in inbound:
         match event:
-            case UserInterrupt(session_thread_id=thread) if thread not in (None, session.thread_id):
-                raise Invalid(f"session_thread_id: {thread} is not a thread of session {session.id}")
+            case UserInterrupt(session_thread_id=thread_id) if thread_id not in (None, session.thread_id):
+                thread = session.threads.get(thread_id or "")
+                if thread is None:
+                    raise Invalid(f"session_thread_id: {thread_id} is not a thread of session {session.id}")
+                if thread.status == "terminated":
+                    raise Invalid(f"session_thread_id: {thread_id} is terminated")
+                if session.turn is not None and session.turn.thread is thread:
+                    _interrupt(waiting, late, confirmed, switches)
             case UserInterrupt():
-                if switches.interrupted_call == "left_open":
-                    late.update(waiting)
-                confirmed.update(waiting)  # what nobody waits for needs no verdict any more
-                waiting.clear()
+                _interrupt(waiting, late, confirmed, switches)
             case ToolConfirmation(tool_use_id=id_):
                 if id_ not in waiting or id_ in confirmed:
                     raise Invalid(f"tool_use_id: {id_} does not wait for a confirmation")
@@ -43,6 +46,15 @@ def check(session: Session, inbound: Sequence[Inbound], switches: Switches) -> N
                 if id_ in waiting or id_ in late or not is_ignored(session, id_, switches, is_answered=id_ in answered):
                     _check_result(waiting, late, confirmed, id_, is_custom=isinstance(event, CustomToolResult))
                 answered.add(id_)
+
+
+def _interrupt(
+    waiting: dict[str, OpenCall], late: dict[str, OpenCall], confirmed: set[str], switches: Switches
+) -> None:
+    if switches.interrupted_call == "left_open":
+        late.update(waiting)
+    confirmed.update(waiting)  # what nobody waits for needs no verdict any more
+    waiting.clear()
 
 
 def _check_result(

@@ -14,10 +14,12 @@ from typing import Any
 
 from tools.emulator.agents import Call, Step, ToolResult
 from tools.emulator.clock import stamp
+from tools.emulator.errors import NotFound
 
 from .ids import new_id
+from .threads import Event as Event
+from .threads import Meter, Thread
 
-Event = dict[str, Any]
 TICK = timedelta(microseconds=1)
 
 
@@ -28,6 +30,8 @@ class OpenCall:
     id: str
     call: Call
     is_confirmed: bool
+    thread: Thread | None = None
+    """The sub-agent's thread that made the call, if one did."""
 
 
 @dataclass
@@ -39,6 +43,15 @@ class Turn:
     open_calls: dict[str, OpenCall] = field(default_factory=dict)
     model_request_id: str | None = None
     resumes_at: datetime | None = None
+    thread: Thread | None = None
+    """The sub-agent's thread that `steps` belong to, while one works."""
+    callers_steps: deque[Step] = field(default_factory=deque)
+    """What the primary thread goes on with when the sub-agent is done."""
+
+    def come_back(self, result: ToolResult) -> None:
+        """The sub-agent is done: the primary thread goes on, with this as the result of the delegation."""
+        self.thread, self.steps, self.callers_steps = None, self.callers_steps, deque()
+        self.results, self.open_calls, self.resumes_at = [result], {}, None
 
 
 @dataclass
@@ -59,14 +72,20 @@ class Session:
     turn: Turn | None = None
     left_open: dict[str, OpenCall] = field(default_factory=dict)
     """Calls an interrupt left without a result: nothing waits for them, but a result is still taken (inferred)."""
-    model_requests: int = 0
-    active: timedelta = timedelta()
-    running_since: datetime | None = None
+    threads: dict[str, Thread] = field(default_factory=dict)
+    """Those of sub-agents, in the order of their creation."""
+    meter: Meter = field(default_factory=Meter)
     log: list[Event] = field(default_factory=list)
     inbox: deque[Event] = field(default_factory=deque)
     broadcast: list[Event] = field(default_factory=list)
     """Everything a live stream has been sent: a message twice, first unprocessed."""
     _last_stamp: datetime | None = None
+
+    def thread(self, thread_id: str) -> Thread:
+        """The thread of a sub-agent."""
+        if thread_id not in self.threads:
+            raise NotFound(f"session {self.id} has no thread {thread_id}")
+        return self.threads[thread_id]
 
     def events(self) -> list[Event]:
         return [*self.log, *self.inbox]
@@ -75,13 +94,32 @@ class Session:
         """Write an event of the server's own."""
         return self.record({"id": new_id("sevt"), "type": type_, **fields}, now)
 
-    def record(self, event: Event, now: datetime) -> Event:
-        """Write an event as processed now."""
-        self._last_stamp = max(now, self._last_stamp + TICK) if self._last_stamp else now
-        event = {**event, "processed_at": stamp(self._last_stamp)}
+    def emit_in(self, thread: Thread | None, type_: str, now: datetime, *, is_shown: bool, **fields: Any) -> Event:
+        """Write an event on a thread's own stream, and on the primary one if it is shown there."""
+        if thread is None:
+            return self.emit(type_, now, **fields)
+        event = {"id": new_id("sevt"), "type": type_, **fields, "processed_at": self._next_stamp(now)}
+        thread.log.append(event)
+        if is_shown:
+            self._write({**event, "session_thread_id": thread.id})
+        return event
+
+    def record(self, event: Event, now: datetime, thread: Thread | None = None) -> Event:
+        """Write an event as processed now; an answer to a thread's call on that thread's stream as well."""
+        event = {**event, "processed_at": self._next_stamp(now)}
+        if thread is not None:
+            thread.log.append(event)
+            event = {**event, "session_thread_id": thread.id}
+        self._write(event)
+        return event
+
+    def _write(self, event: Event) -> None:
         self.log.append(event)
         self.broadcast.append(event)
-        return event
+
+    def _next_stamp(self, now: datetime) -> str:
+        self._last_stamp = max(now, self._last_stamp + TICK) if self._last_stamp else now
+        return stamp(self._last_stamp)
 
     def queue(self, event: Event) -> Event:
         """Take a message whose turn has not come."""
@@ -92,20 +130,6 @@ class Session:
 
     def pending_ids(self) -> list[str]:
         return list(self.turn.open_calls) if self.turn else []
-
-    def usage(self) -> dict[str, Any]:
-        """Invented but steady numbers: one model request costs one unit of each."""
-        return {
-            "input_tokens": self.model_requests * INPUT_TOKENS,
-            "output_tokens": self.model_requests * OUTPUT_TOKENS,
-            "cache_read_input_tokens": 0,
-            "cache_creation": {"ephemeral_1h_input_tokens": 0, "ephemeral_5m_input_tokens": 0},
-            "active_seconds": self.active.total_seconds(),
-        }
-
-
-INPUT_TOKENS = 100
-OUTPUT_TOKENS = 20
 
 
 def text_of(content: Sequence[dict[str, Any]]) -> str:

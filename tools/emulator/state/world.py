@@ -33,9 +33,10 @@ from .catalog import Agent, Environment
 from .ids import new_id
 from .inbound import check
 from .memory import MemoryStores
+from .narration import Notify
 from .sessions import Event, Session
 from .skills import Skills
-from .turns import Notify, Turns
+from .turns import Turns
 from .work import WorkItem, WorkQueue, merge
 
 
@@ -192,6 +193,13 @@ class World:
         self._notify("session.deleted", session_id, now)
         self.changes += 1
 
+    def archive_thread(self, session_id: str, thread_id: str, now: datetime) -> None:
+        session = self.session(session_id)
+        if thread_id == session.thread_id:
+            raise Invalid(f"thread {thread_id} is the primary thread of session {session_id}: archive the session")
+        self._turns.archive_thread(session, session.thread(thread_id), now)
+        self.changes += 1
+
     # Events
 
     def send(self, session_id: str, inbound: Sequence[Inbound], now: datetime) -> list[Event]:
@@ -212,8 +220,8 @@ class World:
                 sent = session.queue(event)
                 self._turns.start_next(session, now)
                 return sent
-            case UserInterrupt():
-                self._turns.interrupt(session, event, now)
+            case UserInterrupt(session_thread_id=thread_id):
+                self._turns.interrupt(session, event, thread_id, now)
             case ToolConfirmation():
                 self._turns.confirm(session, event | {"session_thread_id": None}, now)
             case UserToolResult(tool_use_id=call_id) | CustomToolResult(custom_tool_use_id=call_id):
