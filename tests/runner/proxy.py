@@ -19,6 +19,8 @@ OPERATIONS = {
     "stream": r"GET .*/events/stream$",
     "list": r"GET .*/events$",
     "send": r"POST .*/events$",
+    "skill": r"GET /v1/skills/.*",
+    "memories": r"GET .*/memories$",
 }
 
 

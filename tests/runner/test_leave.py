@@ -79,20 +79,47 @@ async def test_sigterm_while_idle_stops_and_has_nothing_to_answer(
     assert runner.events("handover") == [{"event": "handover", "answers": 0, "stopped": True}]
 
 
-@pytest.mark.parametrize("operation", ["session", "list", "stream"])
+@pytest.fixture
+def laden(emulator: Emulator, tmp_path: Path) -> tuple[str, str]:
+    """A session with a skill and a memory store, and the store's id."""
+    emulator.memory_root = str(tmp_path / "memory")
+    store_id = emulator.add_memory_store("notes", {"/a.md": "first"})
+    skill_id = emulator.add_skill("pdf", {"SKILL.md": "how to"})
+    return emulator.create_session(skills=[skill_id], resources=[store_id]), store_id
+
+
+@pytest.mark.parametrize("operation", ["session", "skill", "memories", "list", "stream"])
 async def test_sigterm_during_set_up_ends_it(
-    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, operation: str
+    emulator: Emulator, proxy: Proxy, laden: tuple[str, str], tmp_path: Path, operation: str
 ) -> None:
+    session_id, store_id = laden
     emulator.say(session_id, "!echo hello")
     runner = await in_process(emulator, proxy.url, tmp_path)
     held = proxy.hold(operation)
     running = runner.start()
     await held.reached.wait()
     runner.session.leave()
-    assert await running == HANDED_OVER
+    assert await asyncio.wait_for(running, 5) == HANDED_OVER
     assert emulator.work(session_id)["state"] == "stopped"
     assert proxy.count("stop") == 1
     assert not runner.events("tool")
+    assert emulator.memories(store_id) == {"/a.md": "first"}
+
+
+async def test_sigterm_saves_the_memory_before_the_stop(
+    emulator: Emulator, laden: tuple[str, str], tmp_path: Path
+) -> None:
+    session_id, store_id = laden
+    command = f"cat skills/*/SKILL.md; echo second > {tmp_path}/memory/notes/a.md; echo 1 > begun; sleep 300"
+    emulator.say(session_id, f"!{command}")
+    runner = await in_process(emulator, emulator.url, tmp_path)
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    runner.session.leave()
+    assert await running == HANDED_OVER
+    assert emulator.memories(store_id) == {"/a.md": "second\n"}
+    done = operations(emulator)
+    assert done.index("memories.update") < done.index("work.stop") < done.index("events.send")
 
 
 async def test_sigterm_between_two_attempts_to_set_up(
