@@ -1,0 +1,61 @@
+"""Logging: stdlib loggers, key=value with a fixed set of keys, and one formatter that takes secrets out.
+
+A vendor's exception is logged by its type (`error=`), never by its text: the text can embed requests and tokens. One
+that no table maps is a bug, and is logged with its traceback, which the formatter redacts like everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from typing import TextIO
+
+KEYS = ("action", "provider", "session", "work", "sandbox", "attempt", "ms", "error", "reason")
+
+_PLAIN = re.compile(
+    r"[!#-<>-~]+\Z"
+)  # printable ASCII without space, quote and equals sign: ends no line, moves no cursor
+_SECRETS = re.compile(
+    r"sk-ant-[\w.\-]+"  # API, environment and sessions keys
+    r"|whsec_[\w+/=\-]+"
+    r"|\beyJ[\w+/=\-]{20,}(?:\.[\w\-]+)*"  # base64 of a JSON object: a work item's secret, a JWT
+    r"|(?i:(?<=bearer )\S+)"
+)
+
+
+def redact(text: str) -> str:
+    """`text` without anything that has the shape of one of our credentials."""
+    return _SECRETS.sub("[redacted]", text)
+
+
+def line(action: str, **values: object) -> str:
+    """One log line: `action=launched session=sesn_1 ms=812`. Raises `ValueError` for a key that is not in `KEYS`."""
+    if unknown := values.keys() - set(KEYS):
+        raise ValueError(f"unknown log keys: {', '.join(sorted(unknown))}")
+    pairs = {"action": action, **values}
+    return " ".join(f"{key}={_value(pairs[key])}" for key in KEYS if pairs.get(key) is not None)
+
+
+def _value(value: object) -> str:
+    text = type(value).__name__ if isinstance(value, BaseException) else str(value)
+    return text if _PLAIN.match(text) else json.dumps(text)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Formats as usual, tracebacks included, then redacts the whole."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def configure(level: int = logging.INFO, stream: TextIO | None = None) -> None:
+    """Sends every logger of the process through the redacting formatter. Called by entry points, never at import."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for chatty in ("httpx", "httpx2", "httpcore", "httpcore2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
