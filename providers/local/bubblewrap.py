@@ -52,7 +52,7 @@ def uid_for(session_id: str) -> int:
 def python_prefixes(python: str) -> list[Path]:
     """The directories this process's Python lives in, by every name it is known under, unless /usr holds them."""
     names = [sys.prefix, sys.base_prefix, sys.exec_prefix, str(Path(python).resolve().parent.parent)]
-    paths = {Path(name) for name in names} | {Path(name).resolve() for name in names}
+    paths = {Path(os.path.abspath(name)) for name in names} | {Path(name).resolve() for name in names}
     return sorted(path for path in paths if not path.is_relative_to("/usr") and path != Path("/"))
 
 
@@ -97,6 +97,7 @@ def arguments(directory: Path, *, uid: int, shown: Mapping[Path, Path], python: 
 
 def problem(python: str) -> str | None:
     """Why bubblewrap cannot be used here, or None. Runs it: installed is not permitted."""
+    python = os.path.abspath(python)
     with tempfile.TemporaryDirectory(prefix="sandboxes-probe-") as name:
         directory = Path(name)
         for part in ("workspace", "home"):

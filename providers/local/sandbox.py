@@ -149,7 +149,7 @@ class LocalProvider:
         self._grace_seconds = grace_seconds
         self._runner = (runner or here / "_shared" / "sandbox_runner.py").absolute()
         self._init = here / "sandbox_init.py"
-        self._python = python
+        self._python = os.path.abspath(python)  # started as ../venv/bin/python, say: `..` leads elsewhere in a sandbox
         self._memory_bytes, self._pids, self._file_bytes = memory_mb << 20, pids, file_mb << 20
         self._readable = tuple(readable)
         self._certificates = certificates

@@ -32,6 +32,7 @@ from tests.providers.local_support import (
 LaunchFailed = LOCAL.shared("errors").LaunchFailed
 SettingsError = LOCAL.shared("errors").SettingsError
 
+PYTHON = os.path.abspath(sys.executable)  # as it can be named in a sandbox
 PREFIXES = LOCAL.module("bubblewrap").python_prefixes(sys.executable)
 
 
@@ -156,7 +157,7 @@ async def test_an_agent_cannot_lock_its_session_out(sandboxes: Sandboxes) -> Non
 @both
 @with_options(memory_mb=200)
 async def test_a_process_gets_no_more_memory_than_the_limit(sandboxes: Sandboxes) -> None:
-    take = f"{sys.executable} -c 'print(len(bytearray(%d << 20)))'"
+    take = f"{PYTHON} -c 'print(len(bytearray(%d << 20)))'"
     allowed, refused = await sandboxes.run("sesn_1", take % 100, take % 300)
     assert allowed == f"{100 << 20}\n"
     assert "MemoryError" in refused
@@ -175,7 +176,7 @@ async def test_what_is_written_to_memory_is_limited(sandboxes: Sandboxes) -> Non
 async def test_a_sandbox_has_no_more_processes_than_the_limit(sandboxes: Sandboxes) -> None:
     many = "import subprocess\nfor _ in range(60): subprocess.Popen(['sleep', '60'])"
     other, bomb = await asyncio.gather(
-        sandboxes.run("sesn_other", "sleep 1; echo fine"), sandboxes.run("sesn_1", f'{sys.executable} -c "{many}"')
+        sandboxes.run("sesn_other", "sleep 1; echo fine"), sandboxes.run("sesn_1", f'{PYTHON} -c "{many}"')
     )
     assert "Resource temporarily unavailable" in bomb[0]
     assert other == ["fine\n"]  # the limit is the sandbox's, not shared by all
@@ -264,6 +265,15 @@ async def test_any_session_id_and_any_root_will_do(tmp_path: Path, isolation: st
     sandboxes = Sandboxes(deep, tmp_path / "runner", isolation=isolation)
     assert await sandboxes.run("s" * 128, "echo fine") == ["fine\n"]
     await sandboxes.provider.close()
+
+
+@both
+async def test_a_python_named_by_a_detour_will_do(tmp_path: Path, isolation: str) -> None:
+    python = f"{tmp_path}/{'../' * len(tmp_path.parts[1:])}{PYTHON[1:]}"
+    sandboxes = Sandboxes(tmp_path / "root", tmp_path / "runner", isolation=isolation, python=python)
+    assert await sandboxes.run("sesn_1", "echo fine") == ["fine\n"]
+    await sandboxes.provider.close()
+    assert isolation == "none" or LOCAL.module("bubblewrap").problem(python) is None
 
 
 @pytest.mark.parametrize("session_id", ["", ".", "..", "../sesn_1", "a/b", "-x", "s" * 129, "sesn_1\n"])
@@ -468,7 +478,7 @@ async def test_release_deletes_the_session_and_nothing_else(sandboxes: Sandboxes
 @both
 async def test_release_deletes_what_an_agent_made_hard_to_delete(sandboxes: Sandboxes) -> None:
     deep = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')"
-    await sandboxes.run("sesn_1", f'{sys.executable} -c "{deep}"; mkdir -p shut/shut; chmod 000 shut/shut shut')
+    await sandboxes.run("sesn_1", f'{PYTHON} -c "{deep}"; mkdir -p shut/shut; chmod 000 shut/shut shut')
     await sandboxes.provider.release("sesn_1")
     assert os.listdir(sandboxes.root) == []
 
@@ -571,9 +581,8 @@ def open_to_all() -> Iterator[Path]:
 
 
 @needs_bubblewrap
-@pytest.mark.skipif(os.geteuid() != 0, reason="every other test runs as an ordinary user here")
 async def test_an_ordinary_user_needs_no_root(open_to_all: Path) -> None:
-    """Root can show both ways; this one is what everybody else uses: a user namespace."""
+    """Also when the tests run as root: everybody else's way is a user namespace."""
     folder = open_to_all / "folder"
     (folder / "_shared").mkdir(parents=True)
     for file in [*LOCAL.path.glob("*.py"), *LOCAL.path.glob("_shared/*.py")]:
@@ -581,12 +590,14 @@ async def test_an_ordinary_user_needs_no_root(open_to_all: Path) -> None:
     runner = open_to_all / "runner"
     runner.mkdir()
     (runner / RUNNER.name).write_bytes(RUNNER.read_bytes())
-    python = "/usr/bin/python3"
+    is_root = os.geteuid() == 0
+    python = "/usr/bin/python3" if is_root else sys.executable
+    user: dict[str, Any] = {"user": 12345, "group": 12345, "extra_groups": []} if is_root else {}
     if not _is_recent(python):
         pytest.skip("needs a Python 3.11 in /usr/bin, where an ordinary user can run it")
     root, marker = open_to_all / "root", f"75{uuid.uuid4().int % 10**6}"
     arguments = [str(folder), str(root), "bubblewrap", str(runner / RUNNER.name), marker]
-    with _host([python, "-c", HOST, *arguments], "ready\n", user=12345, group=12345, extra_groups=[]) as host:
+    with _host([python, "-c", HOST, *arguments], "ready\n", **user) as host:
         try:
             log = root / "sesn_1" / "runner.log"
             await until(lambda: '"done"' in log.read_text())
