@@ -195,7 +195,7 @@ async def test_a_set_up_that_keeps_failing_is_told_to_the_agent(
     emulator.say(session_id, "go")
     uses = [event["id"] for event in emulator.events(session_id, "agent.tool_use")]
     emulator.send(session_id, {"type": "user.tool_confirmation", "tool_use_id": uses[1], "result": "allow"})
-    runner = await in_process(emulator, proxy.url, tmp_path)
+    runner = await in_process(emulator, proxy.url, tmp_path, max_retries=0)
     proxy.answer("session", 500, times=1000)
     code, reason = await runner.run()
     assert (code, reason) == (EXIT_OK, "set-up failed 3 times (InternalServerError); the agent was told")
@@ -213,9 +213,9 @@ async def test_who_cannot_give_up_goes_on_trying_and_no_other_stop_slips_through
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
     emulator.say(session_id, "!echo late")
-    runner = await in_process(emulator, proxy.url, tmp_path, pause_seconds=0.02)
+    runner = await in_process(emulator, proxy.url, tmp_path, max_retries=0, pause_seconds=0.02)
     proxy.answer("session", 500, times=1000)
-    proxy.answer("list", 500, times=3)  # after the third pass we cannot see whom to tell
+    proxy.answer("list", 500, times=1)  # after the third pass we cannot see whom to tell
     proxy.answer("stop", 500, times=2)  # after the fourth, not stop; and the SDK's stop of the fifth is still refused
     assert (await runner.run())[1] == "set-up failed 5 times (InternalServerError); the agent was told"
     assert proxy.count("stop") == 3
