@@ -4,6 +4,7 @@ set -eu
 
 missing=
 command -v bwrap >/dev/null || missing="$missing bubblewrap"
+command -v ps >/dev/null || missing="$missing procps"
 
 if [ -z "$missing" ]; then
     echo "ci_setup: everything is here"

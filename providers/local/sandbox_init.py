@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import IO, Any, Final
@@ -39,18 +40,19 @@ def confine(config: dict[str, Any]) -> None:
         os.set_inheritable(config[name], False)
     if config["uid"]:  # started by root: become a user of the host that owns nothing but this session
         os.setgroups([])
-        os.setresgid(config["uid"], config["uid"], config["uid"])
-        os.setresuid(config["uid"], config["uid"], config["uid"])
+        os.setgid(config["uid"])  # as root: the real, the effective and the saved one
+        os.setuid(config["uid"])
     for name, value in config["rlimits"].items():
         kind = getattr(resource, name)
         hard = resource.getrlimit(kind)[1]
         most = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (most, most))
-    libc = ctypes.CDLL(None, use_errno=True)
     # Neither our descriptors nor our memory (a job passes through it) are for a shell of the same uid. After
-    # setresuid, because a change of uid resets it.
-    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) or libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl failed")
+    # setuid, because a change of uid resets it.
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) or libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl failed")
     Path(config["state"]).mkdir(mode=0o700, exist_ok=True)
 
 
@@ -235,14 +237,8 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def _processes() -> dict[int, tuple[int, int]]:
-    """Every living process below us: pid -> (parent, start in clock ticks since boot)."""
-    table: dict[int, tuple[int, int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone since the listing
-                fields = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
-                if fields[0] != "Z":
-                    table[int(entry)] = (int(fields[1]), int(fields[19]))
+    """Every living process below us: pid -> (parent, start; a later one has a larger number)."""
+    table = processes_in_proc() if sys.platform == "linux" else processes_by_ps()
     below: dict[int, tuple[int, int]] = {}
     todo = [os.getpid()]
     while todo:
@@ -251,6 +247,33 @@ def _processes() -> dict[int, tuple[int, int]]:
         below |= children
         todo += children
     return below
+
+
+def processes_in_proc() -> dict[int, tuple[int, int]]:
+    """Every living process: pid -> (parent, start in clock ticks since boot)."""
+    table: dict[int, tuple[int, int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone since the listing
+                fields = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
+                if fields[0] != "Z":
+                    table[int(entry)] = (int(fields[1]), int(fields[19]))
+    return table
+
+
+def processes_by_ps() -> dict[int, tuple[int, int]]:
+    """The same where there is no /proc; the start is minus the age in seconds. Without ps itself."""
+    shown = subprocess.Popen(["ps", "-axo", "pid=,ppid=,stat=,etime="], stdout=subprocess.PIPE, text=True)
+    table: dict[int, tuple[int, int]] = {}
+    for line in shown.communicate()[0].splitlines():
+        pid, parent, state, age = line.split()
+        if not state.startswith("Z") and int(pid) != shown.pid:
+            days, _, clock = age.rpartition("-")
+            seconds = 0
+            for part in clock.split(":"):
+                seconds = seconds * 60 + int(part)
+            table[int(pid)] = (int(parent), -seconds - int(days or 0) * 86400)
+    return table
 
 
 async def _main(config: dict[str, Any]) -> None:

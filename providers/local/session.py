@@ -19,6 +19,8 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ RELEASED = ".released-"  # how the name of a directory starts that is being dele
 _TOOLS = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 _POLL_SECONDS = 0.05
 _LINE_BYTES = 1 << 20
+_SOL_LOCAL, _LOCAL_PEERPID = 0, 2  # macOS, <sys/un.h>
 _BACKLOG = 128
 NOT_LISTENING = (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, BrokenPipeError)
 
@@ -177,14 +180,28 @@ class Session:
         rubbish = self.directory.with_name(f"{RELEASED}{uuid.uuid4().hex}")
         self.directory.rename(rubbish)
 
-    @contextlib.contextmanager
-    def _address(self) -> Iterator[str]:
-        """The socket's path by way of a descriptor: a Unix address holds 107 bytes, a session's path may be longer."""
-        descriptor = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield f"/proc/self/fd/{descriptor}/control.sock"
-        finally:
-            os.close(descriptor)
+    def _address(self) -> contextlib.AbstractContextManager[str]:
+        """A short name for the socket's path: a Unix address holds about a hundred bytes, the path may be longer."""
+        return by_descriptor(self.directory) if sys.platform == "linux" else by_link(self.directory)
+
+
+@contextlib.contextmanager
+def by_descriptor(directory: Path) -> Iterator[str]:
+    """The socket's path by way of a descriptor of its directory (Linux)."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/control.sock"
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def by_link(directory: Path) -> Iterator[str]:
+    """The socket's path by way of a link in a directory that only we can enter (where there is no /proc)."""
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as short:  # not $TMPDIR: macOS has a long one
+        link = Path(short, "d")
+        link.symlink_to(directory)
+        yield f"{link}/control.sock"
 
 
 def delete(directory: Path) -> None:
@@ -195,7 +212,8 @@ def delete(directory: Path) -> None:
     descriptor = _try_lock(directory, os.O_RDONLY | os.O_DIRECTORY)
     if descriptor is None:
         return
-    remove = ["rm", "-rf", "--one-file-system", "--", str(directory)]
+    one_file_system = ["--one-file-system"] if sys.platform == "linux" else ["-x"]
+    remove = ["rm", "-rf", *one_file_system, "--", str(directory)]
     open_up = ["find", str(directory), "-type", "d", "!", "-perm", "-700", "-execdir", "chmod", "u+rwx", "{}", ";"]
     try:
         for command in (remove, open_up, remove):
@@ -225,14 +243,24 @@ def _try_lock(path: Path, flags: int) -> int | None:
 
 def peer(connection: socket.socket) -> int:
     """The pid of the process that listens at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid: int = struct.unpack("3i", credentials)[0]
-    return pid
+    if sys.platform == "linux":
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", credentials)[0])
+    return connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID)
 
 
 def _kill_init(connection: socket.socket) -> None:
     """SIGKILLs the process at the other end, if that is an init: its sandbox goes with it."""
     pid = peer(connection)
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        if b"sandbox_init.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+    with contextlib.suppress(ProcessLookupError):
+        if "sandbox_init.py" in _command_line(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def _command_line(pid: int) -> str:
+    if sys.platform == "linux":
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+        return ""
+    shown = subprocess.run(["ps", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False)
+    return shown.stdout

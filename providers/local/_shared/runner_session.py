@@ -24,6 +24,7 @@ from .runner_tools import Guard, ToolFactory
 
 TEARDOWN_SECONDS = 12.0  # for the SDK after SIGTERM: the tool's end, the memory flush, the stop
 LEAVE_SECONDS = 10.0  # then, for our own stop and the held answers
+MAX_RETRIES = 2  # of one request; the SDK's own default
 SETUP_ATTEMPTS = 3
 SETUP_PAUSE_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -46,6 +47,7 @@ class Session:
         workdir: Path,
         emit: Emit,
         kill: Callable[[], object],
+        max_retries: int = MAX_RETRIES,
         settle_seconds: float = SETTLE_SECONDS,
         pause_seconds: float = SETUP_PAUSE_SECONDS,
         teardown_seconds: float = TEARDOWN_SECONDS,
@@ -57,6 +59,7 @@ class Session:
         self._workdir = workdir
         self._emit = emit
         self._kill = kill
+        self._max_retries = max_retries
         self._settle_seconds = settle_seconds
         self._pause_seconds = pause_seconds
         self._teardown_seconds = teardown_seconds
@@ -66,7 +69,7 @@ class Session:
         self._api = open_api(job)
         self._lease = Lease(on_beat=lambda beat: lock.say(self._phase, beat))
         self._middleware = LeaseMiddleware(self._lease, self._may_stop)
-        self._client = open_api(job, middleware=[self._middleware], max_retries=2, timeout=60.0)
+        self._client = open_api(job, middleware=[self._middleware], max_retries=max_retries, timeout=60.0)
 
     async def run(self, custom_tools: ToolFactory) -> Exit:
         """From the ack to the exit code."""
@@ -230,7 +233,7 @@ class Session:
         """The session cannot be set up here. Its agent is told why instead of waiting for ever. Stop first, as in
         `_leave`: what the agent does next gets another sandbox. False when the control plane could not be told."""
         try:
-            pending = await pending_calls(self._api.with_options(max_retries=2), self._job.session_id)
+            pending = await pending_calls(self._api.with_options(max_retries=self._max_retries), self._job.session_id)
         except anthropic.APIError:
             return False
         self._giving_up = True  # for this one stop only, not for one of the SDK's in a later pass
@@ -254,7 +257,7 @@ class Session:
 
     async def _send(self, events: list[dict[str, Any]]) -> None:
         """One by one: a request with several is refused as a whole, and one of them may be answered already."""
-        events_api = self._api.with_options(max_retries=2).beta.sessions.events
+        events_api = self._api.with_options(max_retries=self._max_retries).beta.sessions.events
         for event in events:
             try:
                 await events_api.send(self._job.session_id, events=[event])  # type: ignore[list-item]
