@@ -221,12 +221,26 @@ async def test_bad_items_delay_no_other_and_are_left_alone(
     assert len(refusals) == len(REFUSED)
 
 
-@pytest.mark.parametrize("kind", ["healthcheck", "health_check"])
 async def test_a_healthcheck_is_stopped_and_never_launched(
-    emulator: Emulator, detour: Detour, make_dispatcher: MakeDispatcher, kind: str
+    emulator: Emulator, make_dispatcher: MakeDispatcher, client: AsyncAnthropic
+) -> None:
+    check = emulator.add_healthcheck()["id"]
+    good = emulator.create_session()
+    provider = FakeProvider()
+    dispatcher = make_dispatcher(provider)
+    await dispatcher.drain()
+    assert provider.started == [good]
+    items = await client.beta.environments.work.list(emulator.environment_id)
+    assert {item.id: item.state for item in items.data} == {check: "stopped", good: "queued"}
+    emulator.advance(RECLAIM_SECONDS)
+    await dispatcher.sweep()  # and is no session to heal
+
+
+async def test_a_healthcheck_in_its_other_spelling(
+    emulator: Emulator, detour: Detour, make_dispatcher: MakeDispatcher
 ) -> None:
     check, good = emulator.create_session(), emulator.create_session()
-    detour.change_item(check, lambda item: item.update(data={"type": kind, "id": item["id"]}))
+    detour.change_item(check, lambda item: item["data"].update(type="health_check"))
     provider = FakeProvider()
     await make_dispatcher(provider).drain()
     assert provider.started == [good]
@@ -403,6 +417,20 @@ async def test_a_poll_without_a_usable_answer_ends_the_drain(
     assert polls(emulator) == asked
     detour.changes.clear()
     session = emulator.create_session()
+    await dispatcher.drain()
+    assert provider.started == [session]
+
+
+async def test_an_item_whose_hand_out_was_lost_is_launched_in_the_next_window(
+    emulator: Emulator, make_dispatcher: MakeDispatcher
+) -> None:
+    session = emulator.create_session()
+    emulator.fault("work.poll", "lose_response")
+    provider = FakeProvider()
+    dispatcher = make_dispatcher(provider, retry_pauses=(0.0,))
+    await dispatcher.drain()
+    assert provider.started == []
+    emulator.advance(RECLAIM_SECONDS)
     await dispatcher.drain()
     assert provider.started == [session]
 

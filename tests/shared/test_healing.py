@@ -26,6 +26,7 @@ from tests.shared.support import (
     settings_for,
 )
 from tools.emulator import Clock, Emulator, Switches, call, custom, end, repeat_output, say, tools
+from tools.emulator.switches import values_of
 
 LAPSE_SECONDS = 361.0  # past the lease and the server's sweeper
 TWO_CALLS = [tools(call("bash", command="one")), tools(call("bash", command="two")), repeat_output, end()]
@@ -185,6 +186,29 @@ async def test_a_denied_key_heals_nothing_and_breaks_nothing(
     await world.dispatcher.sweep()
     assert world.results(session) == []
     assert f"action=heal session={session}" in caplog.text
+
+
+OTHER_SERVERS = [
+    pytest.param({name: value}, id=f"{name}={value}")
+    for name, values in values_of().items()
+    for value in values[1:]
+    if name not in ("lease_lapse", "environment_key_may_answer")  # the first leaves no strand, the second no cure
+]
+
+
+@pytest.mark.parametrize("switches", OTHER_SERVERS)
+async def test_a_strand_ends_on_every_server_there_may_be(make_world: MakeWorld, switches: dict[str, Any]) -> None:
+    world = make_world(Switches(**switches))
+    unclaimed = world.emulator.create_session()
+    world.emulator.say(unclaimed, "!go")
+    await claim(world.client, world.emulator, unclaimed, beat=False)
+    session = await world.strand()
+    for _ in range(3):
+        await world.sweep_later()
+    for each in (session, unclaimed):
+        assert world.results(each) == [(LOST, True)]
+        assert world.said(each) == f"Error: {LOST}"
+        assert world.sent(each, "user.interrupt") == 0
 
 
 # --- what is no strand of ours ---------------------------------------------------------------------------------------
@@ -371,6 +395,20 @@ async def test_time_is_the_servers(make_world: MakeWorld, years: int) -> None:
     await world.dispatcher.drain()
     await claim(world.client, world.emulator, session)
     world.emulator.stop_work(session, force=True)
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+    await world.sweep_later()
+    assert world.results(session) == [(LOST, True)]
+
+
+async def test_a_server_whose_clock_is_wrong_is_taken_at_its_word(world: World) -> None:
+    emulator = world.emulator
+    emulator.skew(-86_400)
+    session = emulator.create_session()
+    emulator.say(session, "!go")
+    await world.dispatcher.drain()
+    await claim(world.client, emulator, session)
+    emulator.stop_work(session, force=True)
     await world.dispatcher.sweep()
     assert world.results(session) == []
     await world.sweep_later()
