@@ -15,15 +15,20 @@ from .agents import (
     sleep,
     tools,
 )
+from .client import AdminClient, AdminError
 from .clock import Clock
 from .emulator import Emulator
 from .faults import Cut, Fault
 from .requests import RequestRecord
+from .scripts_yaml import expect
 from .switches import Switches
 from .troubles import Execution
-from .webhooks import Delivery, WebhookFault
+from .webhook_faults import WebhookFault
+from .webhooks import Delivery
 
 __all__ = [
+    "AdminClient",
+    "AdminError",
     "Call",
     "Clock",
     "Cut",
@@ -41,6 +46,7 @@ __all__ = [
     "delegate",
     "end",
     "error",
+    "expect",
     "repeat_output",
     "say",
     "shell_agent",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from . import replies
+from .admin import Admin
 from .agents import Step
 from .clock import Clock
 from .credentials import Credentials
@@ -23,13 +24,11 @@ from .state import Event
 from .state.ids import new_api_key, new_environment_key, new_webhook_key
 from .switches import Switches
 from .troubles import Execution, Troubles
+from .watch import Watch
 from .webhooks import TIMEOUT_SECONDS, Delivery, Notification, WebhookSender
 
-T = TypeVar("T")
-WAIT_SECONDS = 10.0
 
-
-class Emulator(Shelf, Troubles):
+class Emulator(Shelf, Troubles, Watch):
     """A local control plane with one environment and one agent to begin with.
 
     Nothing listens before `start()`, nothing is left after `stop()`; `with Emulator() as emulator:` does both. The
@@ -85,7 +84,9 @@ class Emulator(Shelf, Troubles):
         if self._server is not None:
             raise RuntimeError("the emulator is running")
         control = Control(self._engine, self._credentials, self._faults, self._shown, self.requests)
-        self._server = Server(application(control), self._engine, self._webhooks, self._host, self._port)
+        self._server = Server(
+            application(control, Admin(self).routes()), self._engine, self._webhooks, self._host, self._port
+        )
         self._faults.hang_up = self._server.hang_up
         self._server.start()
         return self
@@ -222,23 +223,6 @@ class Emulator(Shelf, Troubles):
     def stats(self) -> dict[str, Any]:
         with self._engine.transact() as now:
             return dict(self._world.queue(self.environment_id).stats(now))
-
-    # Waiting
-
-    def wait_until(self, predicate: Callable[[], T], timeout: float = WAIT_SECONDS) -> T:
-        """The predicate's first true value; asked again at every change, in this thread, with the state locked."""
-        return self._engine.wait_until(predicate, timeout)
-
-    def wait_idle(self, session_id: str, timeout: float = WAIT_SECONDS) -> None:
-        """Until the session is idle after an ended turn and has nothing left to process."""
-        self.wait_until(lambda: self._is_idle(session_id), timeout)
-
-    def _is_idle(self, session_id: str) -> bool:
-        session = self._world.session(session_id)
-        if session.turn is not None or session.inbox or session.status != "idle":
-            return False
-        idles = [event for event in session.log if event["type"] == "session.status_idle"]
-        return bool(idles) and idles[-1]["stop_reason"]["type"] == "end_turn"
 
     # Webhooks
 

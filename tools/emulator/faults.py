@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -55,6 +55,9 @@ class Fault:
     def is_over(self) -> bool:
         return self.count is not None and self.hits >= self.count
 
+    def shown(self) -> dict[str, Any]:
+        return {"on": "request", **asdict(self)}
+
 
 @dataclass(frozen=True)
 class Encounter:
@@ -93,6 +96,10 @@ class Cut:
     def wants(self, stream: OpenStream) -> bool:
         is_its = self.session_id in (None, stream.session_id)
         return is_its and stream.sent - self._sent_before.get(stream, 0) >= self.after_events
+
+    def shown(self) -> dict[str, Any]:
+        after = {"session_id": self.session_id, "after_events": self.after_events}
+        return {"on": "stream", **after, "count": self.count, "hits": self.hits}
 
     def starts_at(self, streams: Collection[OpenStream]) -> None:
         self._sent_before = {stream: stream.sent for stream in streams}

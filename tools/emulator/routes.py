@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -79,7 +79,9 @@ ROUTES: tuple[tuple[str, str, str, Handler], ...] = (
 OPERATIONS = frozenset(operation for _, _, operation, _ in ROUTES)
 
 
-def application(control: Control) -> Starlette:
+def application(control: Control, more: Sequence[Route] = ()) -> Starlette:
+    """The control plane; `more` are routes beside it that ask for no credential."""
+
     def endpoint(operation: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def serve(request: Request) -> Response:
             return await control.serve(request, operation, handler)
@@ -94,6 +96,6 @@ def application(control: Control) -> Starlette:
 
     routes = [Route(path, endpoint(name, handler), methods=[method]) for method, path, name, handler in ROUTES]
     refusals: dict[Any, Any] = {404: no_such_route, 405: no_such_route}
-    app = Starlette(routes=routes, exception_handlers=refusals)
+    app = Starlette(routes=[*routes, *more], exception_handlers=refusals)
     app.router.redirect_slashes = False
     return app

@@ -11,7 +11,8 @@ from .clock import Clock
 from .engine import Engine
 from .faults import Cut, Fault, Faults, Kind
 from .switches import Switches
-from .webhooks import WebhookFault, WebhookFaultKind, WebhookSender
+from .webhook_faults import WebhookFault, WebhookFaultKind
+from .webhooks import WebhookSender
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,10 @@ class Troubles:
             return execution
 
     # Webhooks
+
+    @property
+    def webhook_url(self) -> str | None:
+        return self._webhooks.url
 
     @property
     def webhook_disabled_reason(self) -> str | None:

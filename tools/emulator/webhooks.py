@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 import httpx2
@@ -26,6 +25,7 @@ import httpx2
 from .engine import Engine
 from .shown import ShownClock
 from .state.ids import new_id
+from .webhook_faults import WebhookFault
 
 ATTEMPTS = 3
 SHORTEST_DELAY_SECONDS = 5.0
@@ -61,31 +61,6 @@ class Notification:
     session_id: str
     at: datetime
     webhook_id: str = field(default_factory=lambda: new_id("whe"))
-
-
-WebhookFaultKind = Literal["lose", "delay", "duplicate", "reorder"]
-
-
-@dataclass
-class WebhookFault:
-    """What happens to the next `count` webhooks. They are counted where they are sent, not per attempt.
-
-    `lose`: never sent. `delay`: sent `seconds` of the emulator's clock later. `duplicate`: sent twice, with one id.
-    `reorder`: held back until another one has been sent, and then sent after it, the youngest first.
-    """
-
-    kind: WebhookFaultKind
-    count: int = 1
-    seconds: float = 0.0
-    hits: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(WebhookFaultKind):
-            raise ValueError(f"kind: {self.kind!r} is not one of {', '.join(get_args(WebhookFaultKind))}")
-        if self.count < 1:
-            raise ValueError("count: at least 1")
-        if self.kind == "delay" and self.seconds <= 0:
-            raise ValueError("seconds: delay needs a positive number")
 
 
 def signing_key(key: str) -> bytes:
