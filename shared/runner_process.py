@@ -33,6 +33,11 @@ def hide() -> bool:
     return True
 
 
+def hear_signals() -> None:
+    """Unblocks the signals that end a runner: a process inherits what its starter had blocked, and would be deaf."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+
+
 def adopt_orphans() -> None:
     """Makes every orphaned descendant our child instead of the sandbox's init's."""
     if _LINUX:

@@ -38,6 +38,7 @@ def confine(config: dict[str, Any]) -> None:
     """Gives up what the runner must not have. Everything here is inherited by, or hides us from, what we start."""
     for name in ("listen", "log", "life"):
         os.set_inheritable(config[name], False)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever the host has blocked, we and the runners hear
     if config["uid"]:  # started by root: become a user of the host that owns nothing but this session
         os.setgroups([])
         os.setgid(config["uid"])  # as root: the real, the effective and the saved one

@@ -70,3 +70,4 @@ def test_a_bad_argument_is_one_line(arguments: list[str], complaint: str, capsys
         main(arguments)
     assert end.value.code == 2
     assert complaint in capsys.readouterr().err.splitlines()[-1]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # else later tests start deaf children

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -181,6 +182,22 @@ while not Path({directory!r}, "loaded").exists():
 def tools(context):
     return []
 """
+
+
+async def test_sigterm_is_heard_although_the_host_had_blocked_it(
+    emulator: Emulator, start: Start, tmp_path: Path
+) -> None:
+    session_id = emulator.create_session()
+    emulator.say(session_id, "!echo 1 > begun; sleep 300")
+    values = await job_values(emulator, emulator.url)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        runner = await start(values)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    await wait_file(tmp_path / "workspace" / "begun")
+    runner.process.terminate()
+    assert (await runner.exit())[0] == EXIT_HANDED_OVER
 
 
 async def test_sigterm_while_loading_leaves_the_item_to_the_next_runner(

@@ -2,63 +2,52 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from .emulator import Emulator
+from .flags import make_trouble, parser
+from .scenario import Player, Report, load
 from .server import LOOPBACK
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
-USAGE_ERROR = 2
 CANNOT_START = 1
+SCENARIO_FAILED = 1
 
 
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError("a port is between 0 and 65535")
-    return port
+class _Stage:
+    """A scenario on a thread of its own; its end is a line on stdout."""
 
+    def __init__(self, player: Player, ends_the_process: bool) -> None:
+        self._player = player
+        self._ends_the_process = ends_the_process
+        self.report: Report | None = None
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 1 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError("between 1 and 86400 seconds")
-    return seconds
+    def start(self) -> None:
+        threading.Thread(target=self._play, name="scenario", daemon=True).start()
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.emulator",
-        description="A local control plane for self-hosted environments. Prints one JSON line when it is ready: url, "
-        "environment_id, environment_key, api_key, webhook_key, agent_id. What is not given is made up.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=8700, help="0 picks a free one (default: %(default)s)")
-    parser.add_argument("--allow-remote", action="store_true", help="permit a --host other machines can reach")
-    parser.add_argument("--environment-id", metavar="ID")
-    parser.add_argument("--environment-key", metavar="KEY", help="what workers poll with")
-    parser.add_argument("--api-key", metavar="KEY", help="what creates sessions")
-    parser.add_argument("--webhook-url", metavar="URL", help="where webhooks go, http and loopback allowed")
-    parser.add_argument("--webhook-key", metavar="KEY", help="whsec_<base64>, signs the webhooks")
-    parser.add_argument(
-        "--lease-ttl", type=_seconds, default=300.0, metavar="SECONDS", help="lease of a work item (default: 300)"
-    )
-    return parser
+    def _play(self) -> None:
+        self.report = report = self._player.play()
+        line = {"scenario": report.scenario, "passed": report.has_passed, "failures": report.failures}
+        print(json.dumps(line), flush=True)
+        if self._ends_the_process:
+            os.kill(os.getpid(), signal.SIGTERM)  # for the sigwait below; no other thread takes it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    flags = parser()
+    options = flags.parse_args(arguments)
     if options.host not in LOOPBACK and not options.allow_remote:
-        parser.error(f"--host {options.host}: other machines could reach it; add --allow-remote if you mean that")
+        flags.error(f"--host {options.host}: other machines could reach it; add --allow-remote if you mean that")
+    if options.scenario is None and (options.set or options.exit_when_done):
+        flags.error("--set and --exit-when-done belong to a --scenario")
     # Blocked before any thread exists, so that every thread inherits it and only sigwait below sees the signals.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    stage: _Stage | None = None
     try:
         emulator = Emulator(
             host=options.host,
@@ -70,8 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             webhook_key=options.webhook_key,
             lease_ttl=options.lease_ttl,
         )
+        sessions: dict[str, list[str]] | None = None
+        if options.scenario is not None:
+            player = Player(emulator, load(options.scenario, dict(options.set)))
+            player.prepare()
+            sessions = player.sessions
+            stage = _Stage(player, options.exit_when_done)
+        make_trouble(emulator, options)
     except ValueError as error:
-        parser.error(str(error))
+        flags.error(str(error))
     try:
         emulator.start()
     except OSError as error:
@@ -86,10 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "webhook_key": emulator.webhook_key,
         "agent_id": emulator.agent_id,
     }
-    print(json.dumps(ready), flush=True)
+    print(json.dumps(ready if sessions is None else {**ready, "sessions": sessions}), flush=True)
+    if stage is not None:
+        stage.start()
     signal.sigwait(_SIGNALS)
     emulator.stop()
-    return 0
+    return SCENARIO_FAILED if stage and stage.report and not stage.report.has_passed else 0
 
 
 if __name__ == "__main__":

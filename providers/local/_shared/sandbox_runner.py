@@ -87,6 +87,7 @@ def _run(job_file: Path | None) -> tuple[int, str]:
     except OSError as error:
         return EXIT_CANNOT_RUN, f"the runner cannot be hidden from the agent's shell: {error.strerror}"
     runner_process.adopt_orphans()
+    runner_process.hear_signals()
     stdin = None if job_file or sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer
     try:
         job = read_job(job_file, stdin, os.environ)
