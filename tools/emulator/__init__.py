@@ -20,6 +20,8 @@ from .clock import Clock
 from .emulator import Emulator
 from .faults import Cut, Fault
 from .requests import RequestRecord
+from .scenario import Player, Report, Scenario, perform
+from .scenario import load as load_scenario
 from .scripts_yaml import expect
 from .switches import Switches
 from .troubles import Execution
@@ -36,7 +38,10 @@ __all__ = [
     "Emulator",
     "Execution",
     "Fault",
+    "Player",
+    "Report",
     "RequestRecord",
+    "Scenario",
     "Step",
     "Switches",
     "ToolResult",
@@ -47,6 +52,8 @@ __all__ = [
     "end",
     "error",
     "expect",
+    "load_scenario",
+    "perform",
     "repeat_output",
     "say",
     "shell_agent",

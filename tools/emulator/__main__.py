@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -45,8 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags.error(f"--host {options.host}: other machines could reach it; add --allow-remote if you mean that")
     if options.scenario is None and (options.set or options.exit_when_done):
         flags.error("--set and --exit-when-done belong to a --scenario")
-    # Blocked before any thread exists, so that every thread inherits it and only sigwait below sees the signals.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # Blocked before any thread exists, so that every thread inherits it and only `sigwait` sees the signals. Put back for
+    # whoever calls this in a process of their own: its children would inherit the mask and be deaf.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return _serve(flags, options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _serve(flags: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     stage: _Stage | None = None
     try:
         emulator = Emulator(

@@ -17,6 +17,7 @@ from .agents import Call, Results, Step, ToolResult, delegate, end, error, repea
 
 FAILED = "expectation failed: "
 MAX_REPETITIONS = 100_000
+REPETITION = "n"
 _EXCERPT = 300
 _VARIABLE = re.compile(r"\{\{ *(\w+) *\}\}")
 _PERMISSIONS = {"call": "allow", "ask": "ask", "deny": "deny"}
@@ -152,6 +153,9 @@ def one_of(data: Any, where: str) -> tuple[str, Any]:
 
 
 def text_in(data: Any, where: str) -> str:
+    """A number is a text too, as YAML writes it: `say: 5`, or a `{{ n }}`."""
+    if isinstance(data, int | float) and not isinstance(data, bool):
+        return str(data)
     if not isinstance(data, str) or not data:
         raise ValueError(f"{where}: not a text")
     return data
@@ -170,7 +174,7 @@ def repeated(data: Any, where: str) -> list[Any]:
     times = data["times"]
     if type(times) is not int or not 1 <= times <= MAX_REPETITIONS:
         raise ValueError(f"{where}.times: not a whole number between 1 and {MAX_REPETITIONS}")
-    return [filled(data["steps"], {"n": n}) for n in range(1, times + 1)]
+    return [filled(data["steps"], {REPETITION: n}) for n in range(1, times + 1)]
 
 
 def filled(data: Any, variables: Mapping[str, Any]) -> Any:
@@ -185,3 +189,12 @@ def filled(data: Any, variables: Mapping[str, Any]) -> Any:
     if whole and whole[1] in variables:
         return variables[whole[1]]
     return _VARIABLE.sub(lambda found: str(variables.get(found[1], found[0])), data)
+
+
+def unfilled(data: Any) -> set[str]:
+    """The names in double braces that are still in `data`."""
+    if isinstance(data, dict):
+        return set().union(*map(unfilled, data.values()))
+    if isinstance(data, list):
+        return set().union(*map(unfilled, data))
+    return set(_VARIABLE.findall(data)) if isinstance(data, str) else set()

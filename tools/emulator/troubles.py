@@ -107,6 +107,20 @@ class Troubles:
             self._engine.world.changes += 1
             return replies.work(item)
 
+    def claim_and_die(self, session_id: str) -> dict[str, Any]:
+        """Be a worker that claims the session's queued item, beats once and is never heard of again; returns it."""
+        with self._engine.transact() as now:
+            session = self._engine.world.session(session_id)
+            queue = self._engine.world.queue(session.environment_id)
+            item = queue.of_session(session_id)
+            if item is None or item.state != "queued":
+                raise ValueError(f"session {session_id} has no queued work item")
+            item.started_at = now
+            queue.ack(item.id, now)
+            queue.heartbeat(item.id, now, None, None)
+            self._engine.world.changes += 1
+            return replies.work(item)
+
     def report_execution(
         self, call: str, runner: str, session_id: str | None = None, lease_epoch: int | None = None
     ) -> Execution:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Literal, TypeVar
 
 from .engine import Engine, wait_event
@@ -20,6 +22,10 @@ class Watch:
     """The part of `Emulator` that waits; `_engine` is the emulator's."""
 
     _engine: Engine
+
+    def hold(self) -> AbstractContextManager[datetime]:
+        """Nothing else happens while it is held: several calls in one go. Yields the time; never wait in it."""
+        return self._engine.transact()
 
     def wait_until(self, predicate: Callable[[], T], timeout: float = WAIT_SECONDS) -> T:
         """The predicate's first true value; asked again at every change, in this thread, with the state locked."""
