@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags.error(f"--host {options.host}: other machines could reach it; add --allow-remote if you mean that")
     if options.scenario is None and (options.set or options.exit_when_done):
         flags.error("--set and --exit-when-done belong to a --scenario")
-    # Blocked before any thread exists, so that every thread inherits it and only `sigwait` sees the signals. Put back for
-    # whoever calls this in a process of their own: its children would inherit the mask and be deaf.
+    # Blocked before any thread exists, so that every thread inherits it and only `sigwait` sees the signals. Put back
+    # because whoever calls this in a process of their own would start deaf children.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         return _serve(flags, options)
