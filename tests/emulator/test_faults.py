@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
@@ -15,7 +16,7 @@ import pytest
 from anthropic import APIConnectionError, APIStatusError, AsyncAnthropic, RateLimitError
 
 from tests.emulator.support import at, bearer, claim, client_of, result, serving, work_path, worker_for
-from tools.emulator import Emulator
+from tools.emulator import Emulator, streams
 from tools.emulator.faults import Fault
 
 BETA = {"anthropic-beta": "managed-agents-2026-04-01"}
@@ -236,11 +237,31 @@ async def test_a_quiet_open_stream_is_cut_at_once(emulator: Emulator, owner: Asy
         await owner.beta.sessions.events.stream(other) as whole,
         await owner.beta.sessions.events.stream(session_id) as stream,
     ):
+        emulator.say(session_id, "hello")
+        async for event in stream:
+            if event.type == "session.status_idle":
+                break
         emulator.cut_stream(session_id)
-        with pytest.raises(httpx2.RemoteProtocolError):
-            await read(aiter(stream), seen.append)
+        async with asyncio.timeout(10):  # sooner than the next ping
+            with pytest.raises(httpx2.RemoteProtocolError):
+                await read(aiter(stream), seen.append)
+        assert seen == []
         emulator.delete_session(other)
         assert [event.type async for event in whole] == ["session.deleted"]
+
+
+def test_a_ping_is_no_event(emulator: Emulator, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "KEEP_ALIVE_SECONDS", 0.01)
+    session_id = emulator.create_session()
+    cut = emulator.cut_stream(after_events=1)
+    with client.stream("GET", f"/v1/sessions/{session_id}/events/stream") as response:
+        lines = response.iter_lines()
+        assert [line for line in itertools.islice(lines, 9) if line.startswith("event")] == ["event: ping"] * 3
+        assert cut.hits == 0
+        emulator.say(session_id, "hello")
+        with pytest.raises(httpx2.RemoteProtocolError):
+            list(lines)
+    assert cut.hits == 1
 
 
 async def test_events_before_the_arming_do_not_count(emulator: Emulator, owner: AsyncAnthropic) -> None:
