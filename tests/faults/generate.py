@@ -1,0 +1,188 @@
+"""A seed becomes a schedule: a few sessions with messages, a few kinds of trouble at moments that matter."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from tests.faults import steps
+from tests.faults.not_yet import NOT_YET
+from tests.faults.steps import Schedule, Step, Turn, Use
+from tests.faults.wire import Kind
+
+BUSY_SECONDS = 240.0  # the time in which things happen; what follows is recovery
+_SWITCHES: dict[str, tuple[str | int | bool, ...]] = {
+    "repeated_secret": ("fresh_only", "same"),
+    "secret": ("extra_keys",),
+    "work_id": ("work_",),
+    "ack_on_claimed": (409,),
+    "ack_on_stopped": (409,),
+    "heartbeat_on_queued": (404, 409),
+    "never_beaten": ("frozen",),
+    "lease_lapse": ("requeue",),
+    "created_at_after_requeue": ("new",),
+    "stop_reply": (204,),
+    "force_stop_stamps": ("different",),
+    "token_after_stop": ("401",),
+    "result_on_stopped_item": ("ignored",),
+    "message_to_stranded_session": ("400",),
+    "interrupted_call": ("closed",),
+    "result_for_closed_call": (200,),
+    "duplicate_tool_result": (200,),
+    "unprocessed_input_at_stop": ("strand",),
+}
+"""Every switch but those that mean that nothing can work: no secret, an environment key that may not answer."""
+_LOSSES: tuple[Kind, ...] = ("lose_request", "lose_response", "reset_request", "reset_response")
+
+
+class _Maker:
+    def __init__(self, seed: int) -> None:
+        self.luck = random.Random(seed)  # noqa: S311 - a test's luck
+        self.sessions = self.luck.choice((1, 1, 2, 3))
+        self.moments: list[float] = []
+        """When messages are sent: what follows is a launch, a claim, a call."""
+
+    def at(self) -> float:
+        if self.luck.random() < 0.6:
+            return round(self.luck.choice(self.moments) + self.luck.choice((0.5, 5.0, 25.0)) * self.luck.random(), 2)
+        return round(self.luck.uniform(0.0, BUSY_SECONDS), 2)
+
+    def session(self) -> int:
+        return self.luck.randrange(self.sessions)
+
+    def use(self) -> Use:
+        kind = self.luck.choices(("run", "ask", "deny", "custom"), (8, 1, 0.5, 0.7))[0]
+        return Use(kind, round(self.luck.choice((0.5, 4.0, 12.0, 40.0, 90.0)) * self.luck.uniform(0.8, 1.2), 1))  # type: ignore[arg-type]
+
+    def turn(self) -> Turn:
+        return tuple(
+            tuple(self.use() for _ in range(self.luck.choices((1, 2), (4, 1))[0]))
+            for _ in range(self.luck.choice((1, 1, 2, 3)))
+        )
+
+    def life(self, index: int) -> list[Step]:
+        """One session: it is created, and messages follow, often just when the runner before is about to leave."""
+        at = round(self.luck.uniform(0.0, 30.0), 2)
+        count = self.luck.choice((1, 1, 2, 3))
+        found: list[Step] = [steps.Create(at, index, tuple(self.turn() for _ in range(count)))]
+        for _ in range(count):
+            at = round(at + self.luck.choice((0.1, 3.0, 17.0, 25.0, 60.0)) * self.luck.uniform(0.7, 1.3), 2)
+            found.append(steps.Message(at, index))
+            self.moments.append(at)
+        return found
+
+    # Trouble
+
+    def webhooks(self) -> Step:
+        kind = self.luck.choice(("lose", "delay", "duplicate", "reorder"))
+        return steps.Webhooks(self.at(), kind, self.luck.randint(1, 4), round(self.luck.uniform(1, 90), 1))  # type: ignore[arg-type]
+
+    def kill_dispatcher(self) -> Step:
+        return steps.KillDispatcher(
+            self.at(), self.luck.randrange(4), self.luck.randint(0, 150), self.luck.choice((1.0, 30.0, 150.0))
+        )
+
+    def kill_runner(self) -> Step:
+        return steps.KillRunner(self.at(), self.session(), self.luck.randint(0, 400))
+
+    def terminate(self) -> Step:
+        return steps.Terminate(self.at(), self.session(), self.luck.random() < 0.5)
+
+    def vanish(self) -> Step:
+        return steps.Vanish(self.at(), self.session())
+
+    def suspend(self) -> Step:
+        return steps.Suspend(self.at(), self.session(), self.luck.choice((20.0, 200.0, 280.0, 320.0, 400.0, 700.0)))
+
+    def provider(self) -> Step:
+        call = self.luck.choice(("acquire", "acquire", "start", "start", "list", "release"))
+        kinds = (
+            ("slow", "fail", "fail_for_good", "half_done", "lie") if call == "start" else ("slow", "fail", "half_done")
+        )
+        seconds = self.luck.choice((5.0, 40.0, 100.0, 130.0))
+        return steps.Provider(self.at(), call, self.luck.choice(kinds), self.luck.randint(1, 3), seconds)  # type: ignore[arg-type]
+
+    def store(self) -> Step:
+        return steps.LoseStore(self.at(), self.luck.random() < 0.5)
+
+    def save_store(self) -> Step:
+        return steps.SaveStore(self.at())
+
+    def wire(self) -> Step:
+        """A loss, a delay or a burst of refusals, mostly of what the lease and the answers depend on."""
+        who: str = self.luck.choice(("runner", "runner", "dispatcher", "anybody"))
+        operation = self.luck.choice(
+            ("work.ack", "work.heartbeat", "work.heartbeat", "work.stop", "events.send", "sessions.get", "events.list")
+            if who == "runner"
+            else ("work.poll", "work.list", "events.send", "sessions.get", "events.list", "work.heartbeat", "work.stop")
+        )
+        how = self.luck.random()
+        if how < 0.5:
+            return steps.Wire(self.at(), operation, self.luck.choice(_LOSSES), self.luck.randint(1, 3), who)  # type: ignore[arg-type]
+        if how < 0.75:
+            kind: Kind = self.luck.choice(("delay", "delay_request"))
+            seconds = self.luck.choice((3.0, 12.0, 35.0, 70.0))
+            return steps.Wire(self.at(), operation, kind, self.luck.randint(1, 2), who, seconds)  # type: ignore[arg-type]
+        status = self.luck.choice((500, 503, 529, 429, 408))
+        return steps.Wire(self.at(), operation, "fail", self.luck.choice((1, 3, 3, 8)), who, 0.0, status)  # type: ignore[arg-type]
+
+    def stream(self) -> Step:
+        if self.luck.random() < 0.5:
+            return steps.Wire(self.at(), "events.stream", self.luck.choice(("reset_response", "fail")), 2, "runner")
+        return steps.CutStream(self.at(), self.session())
+
+    def interrupt(self) -> Step:
+        return steps.Interrupt(self.at(), self.session())
+
+    def archive(self) -> Step:
+        return steps.Archive(self.at(), self.session())
+
+    def delete(self) -> Step:
+        return steps.Delete(self.at(), self.session())
+
+    def operator_stop(self) -> Step:
+        return steps.OperatorStop(self.at(), self.session(), self.luck.random() < 0.5)
+
+    def skew(self) -> Step:
+        return steps.Skew(self.at(), self.luck.choice((-90.0, -7.0, 45.0, 400.0)))
+
+    def rotate_key(self) -> Step:
+        return steps.RotateKey(self.at(), self.luck.choice((1.0, 40.0)))
+
+
+TROUBLES: dict[str, tuple[float, Callable[[_Maker], Step]]] = {
+    "webhooks": (3, _Maker.webhooks),
+    "kill_dispatcher": (3, _Maker.kill_dispatcher),
+    "kill_runner": (3, _Maker.kill_runner),
+    "terminate": (2, _Maker.terminate),
+    "vanish": (2, _Maker.vanish),
+    "suspend": (2, _Maker.suspend),
+    "provider": (4, _Maker.provider),
+    "store": (1, _Maker.store),
+    "save_store": (1, _Maker.save_store),
+    "wire": (8, _Maker.wire),
+    "stream": (2, _Maker.stream),
+    "interrupt": (1, _Maker.interrupt),
+    "archive": (0.5, _Maker.archive),
+    "delete": (0.5, _Maker.delete),
+    "operator_stop": (1, _Maker.operator_stop),
+    "skew": (0.7, _Maker.skew),
+    "rotate_key": (0.5, _Maker.rotate_key),
+}
+"""Every kind of trouble with its weight."""
+
+
+def generate(seed: int) -> Schedule:
+    maker = _Maker(seed)
+    made: list[Step] = []
+    for index in range(maker.sessions):
+        made += maker.life(index)
+    kinds = [kind for kind in TROUBLES if kind not in NOT_YET]
+    weights = [TROUBLES[kind][0] for kind in kinds]
+    for kind in maker.luck.choices(kinds, weights, k=maker.luck.choice((1, 2, 2, 3, 3, 4, 6))):
+        made.append(TROUBLES[kind][1](maker))
+    names = maker.luck.sample(sorted(_SWITCHES), maker.luck.choice((0, 0, 1, 2, 4)))
+    switches = tuple(
+        (name, maker.luck.choice(_SWITCHES[name])) for name in sorted(names) if f"switch {name}" not in NOT_YET
+    )
+    return Schedule(seed, maker.luck.choice((2, 2, 3, 4)), switches, tuple(sorted(made, key=lambda step: step.at)))

@@ -1,0 +1,231 @@
+"""What must be true of every schedule. Each violation begins with its label, `label: what happened`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+from typing import TYPE_CHECKING, Any
+
+from shared.provider import Launch
+from tests.faults import steps
+from tests.faults.loop import Process
+from tests.faults.wire import Asked
+
+if TYPE_CHECKING:
+    from tests.faults.play import World
+    from tests.faults.runners import Execution
+
+KILL_SECONDS = 7.0  # P3 and R5: what a resumed runner still runs ends within a look of 1 s and a kill of 5 s
+_OWNED = ("bash", "read", "write", "edit", "glob", "grep")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A stop that a server granted: whose, and what it ended."""
+
+    at: float
+    by: Process
+    session_id: str
+    state_before: str
+    had_work: bool
+    holder: Process | None
+    was_leaving: bool
+
+
+def watch(world: World) -> None:
+    """Records, at the server, what no log shows afterwards."""
+    before: dict[int, tuple[str, bool]] = {}
+
+    def asked(request: Asked) -> None:
+        world.asked.append(request)
+        if request.operation == "work.stop":
+            item = world.plane.item_by_id(request.path.split("/")[-2])
+            if item is not None:
+                before[id(request)] = (item.state, world.plane.has_work(item.session_id))
+
+    def answered(request: Asked) -> None:
+        if request.operation == "work.heartbeat" and request.status == 200:
+            item = world.plane.item_by_id(request.path.split("/")[-2])
+            if item is not None and "NO_HEARTBEAT" in request.query and json.loads(request.answer)["lease_extended"]:
+                world.runners.holders[item.session_id] = request.process
+                world.log(f"{request.process.name} claims {name_of(world, item.session_id)}")
+        if request.operation == "work.stop" and request.status in (200, 204):
+            item = world.plane.item_by_id(request.path.split("/")[-2])
+            if item is not None:
+                state, had_work = before[id(request)]
+                run = world.runners.by_process.get(request.process)
+                leaving = run is not None and run.process.was_told_to_leave
+                holder = world.runners.holders.get(item.session_id)
+                world.stops.append(
+                    Stop(world.loop.time(), request.process, item.session_id, state, had_work, holder, leaving)
+                )
+                world.log(f"{request.process.name} stops {name_of(world, item.session_id)} ({state}, work={had_work})")
+
+    def launched(launch: Launch) -> None:
+        texts = [launch.stdin.decode(), *os.environ.values(), *(text.decode() for text in launch.files.values())]
+        if any(key in text for key in world.keys for text in texts):
+            world.planted.append("the environment key is in reach of a sandbox")
+
+    world.network.on_asked = asked
+    world.network.on_answered = answered
+    world.cloud.on_launch = launched
+
+
+def name_of(world: World, session_id: str) -> str:
+    return next((f"session {index}" for index, id_ in world.sessions.items() if id_ == session_id), session_id)
+
+
+def is_settled(world: World, session_id: str) -> bool:
+    """Nothing waits, and nobody holds it."""
+    session, item = world.plane.truth(session_id), world.plane.item(session_id)
+    if session is None:
+        return True
+    if world.plane.has_work(session_id):
+        return False
+    return item is None or item.state == "stopped"
+
+
+def is_quiet(world: World) -> bool:
+    """Whether nothing will happen any more."""
+    runs = any(box.alive() for box in world.cloud.everything)
+    return not runs and all(is_settled(world, session_id) for session_id in world.sessions.values())
+
+
+def check(world: World) -> list[str]:
+    """Every broken invariant: its label, and what happened."""
+    return [
+        *_ends(world),
+        *(f"crashed: {text}" for text in (*world.runners.crashes, *world.hosts.crashes, *world.network.crashes)),
+        *(f"bug: {text}" for text in dict.fromkeys(world.bugs)),
+        *(f"planted: {text}" for text in dict.fromkeys(world.planted)),
+        *_executions(world),
+        *_acks(world),
+        *_stops(world),
+        *_cures(world),
+        *_credentials(world),
+    ]
+
+
+def _ends(world: World) -> Iterable[str]:
+    """P1: every turn is over, and nothing is left of anybody who worked on it."""
+    for index, session_id in world.sessions.items():
+        session, item = world.plane.truth(session_id), world.plane.item(session_id)
+        state = item.state if item else "gone"
+        if session is None or is_settled(world, session_id):
+            continue
+        if world.plane.has_work(session_id):
+            waits = session.pending_ids() or "its next turn"
+            yield f"lost: session {index} is not over: {session.status}, waits for {waits}, its item is {state}"
+        elif not _is_untouched(session.log):
+            yield f"endless: session {index} is over and its item is {state}"
+    for box in world.cloud.everything:
+        session = world.plane.truth(box.session_id)
+        if box.alive() and (session is None or not _is_untouched(session.log)):
+            yield f"endless: {box.alive()[0].process.name} of {name_of(world, box.session_id)} never ends"
+    owners = set(world.cloud.store.values())
+    loses = any(isinstance(step, steps.LoseStore) for step in world.schedule.steps)
+    for box in world.cloud.boxes.values():
+        if not loses and box.id not in owners:
+            yield f"ownerless: {box.id} belongs to no session"
+
+
+def _is_untouched(log: list[dict[str, Any]]) -> bool:
+    """A session without a first message has no turn, and the SDK's runner waits for it as long as it takes."""
+    return not any(event["type"] in ("user.message", "session.status_idle") for event in log)
+
+
+def _executions(world: World) -> Iterable[str]:
+    """P2, P3."""
+    executions = world.runners.executions
+    for marker, count in Counter(execution.marker for execution in executions).items():
+        runs = [execution for execution in executions if execution.marker == marker]
+        if count > 1:
+            who = ", ".join(run.run.process.name for run in runs)
+            has_disk = any(one.run.box is other.run.box for one, other in pairwise(runs))
+            label = "twice" if has_disk else "twice on two disks"
+            yield f"{label}: call {marker} was executed {count} times, by {who}"
+    for execution in executions:
+        if not execution.held_lease:
+            yield f"loser: call {execution.marker} was executed by {execution.run.process.name}, not holding the lease"
+    for one, other in permutations(executions, 2):
+        if one.run is other.run or one.run.box.session_id != other.run.box.session_id or one.began > other.began:
+            continue
+        if _active_until(world, one) - KILL_SECONDS > other.began:
+            names = f"{one.run.process.name} and {other.run.process.name}"
+            yield f"overlap: {names} execute {one.marker} and {other.marker} at once"
+
+
+def _active_until(world: World, execution: Execution) -> float:
+    """A suspended process executes nothing: what it began counts up to the suspension."""
+    index = next(index for index, id_ in world.sessions.items() if id_ == execution.run.box.session_id)
+    suspensions = [
+        step.at + KILL_SECONDS
+        for step in world.schedule.steps
+        if isinstance(step, steps.Suspend) and step.session == index and step.at >= execution.began
+    ]
+    ended = execution.ended if execution.ended is not None else world.loop.time()
+    return min([ended, *suspensions])
+
+
+def _acks(world: World) -> Iterable[str]:
+    """P2: an item is acked by the runner that is about to claim it, and by nobody else."""
+    hosts = {ack.process.name for ack in world.asked if ack.operation == "work.ack"}
+    for name in sorted(name for name in hosts if name.startswith("dispatcher")):
+        yield f"early ack: {name} acked an item"
+
+
+def _stops(world: World) -> Iterable[str]:
+    """P10."""
+    for stop in world.stops:
+        name = name_of(world, stop.session_id)
+        is_operators = stop.state_before == "stopping"
+        if stop.holder is not stop.by and not is_operators:
+            yield f"blind: at {stop.at:.1f} {stop.by.name} stopped {name}, whose lease it does not hold"
+        is_host = stop.by.name.startswith("dispatcher")
+        if stop.had_work and not (is_operators or stop.was_leaving or is_host):
+            yield f"unguarded: at {stop.at:.1f} {stop.by.name} stopped {name} while it has work"
+
+
+def _cures(world: World) -> Iterable[str]:
+    """R9: only what is ours is answered, once, and an interrupt never comes without the answers."""
+    cured: Counter[str] = Counter()
+    for request in world.asked:
+        session = world.plane.truth(request.path.split("/")[3]) if request.operation == "events.send" else None
+        if session is None or request.bearer not in world.keys:
+            continue
+        events = json.loads(request.body)["events"]
+        for event in events:
+            made = next((each for each in session.log if each["id"] == event.get("tool_use_id")), None)
+            if event["type"] == "user.interrupt" and len(events) == 1:
+                yield f"interrupt: healing interrupted {name_of(world, session.id)} without an answer"
+            elif event["type"] != "user.interrupt" and (made is None or not is_ours(made, session.log)):
+                yield f"foreign cure: healing answered {made}, which is not ours to answer"
+            elif event["type"] == "user.tool_result" and request.status == 200:
+                cured[event["tool_use_id"]] += 1
+    for call_id, count in cured.items():
+        if count > 1 and world.schedule.switch("duplicate_tool_result") != 200:
+            yield f"second cure: {call_id} was cured {count} times"
+
+
+def is_ours(made: dict[str, Any], log: list[dict[str, Any]]) -> bool:
+    """Whether the call is a runner's to answer."""
+    if made["type"] != "agent.tool_use" or made["name"] not in _OWNED:
+        return False
+    verdicts = [each["result"] for each in log if each.get("tool_use_id") == made["id"] and "result" in each]
+    permission = made["evaluated_permission"]
+    return bool(permission == "allow" or (permission == "ask" and verdicts[-1:] == ["allow"]))
+
+
+def _credentials(world: World) -> Iterable[str]:
+    """P5."""
+    users = {
+        request.process.name
+        for request in world.asked
+        if request.process.name.startswith("runner") and request.bearer in world.keys
+    }
+    for name in sorted(users):
+        yield f"planted: {name} uses the environment key"
