@@ -27,10 +27,11 @@ EXIT_HANDED_OVER = 143
 
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 DEFAULT_MAX_IDLE_SECONDS = 60.0
+DEFAULT_MAX_WAIT_SECONDS = 1800.0
 MAX_JOB_BYTES = 256 * 1024
 
 _NEEDED = ("ANTHROPIC_SESSION_ID", "ANTHROPIC_WORK_ID", "ANTHROPIC_ENVIRONMENT_ID")
-_OWN = ("SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_TOOLS")
+_OWN = ("SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_MAX_WAIT_SECONDS", "SANDBOX_TOOLS")
 _HEADER = re.compile(r"[!-~]+\Z")
 
 
@@ -50,6 +51,7 @@ class RunnerJob:
     environment_key: str | None = field(repr=False)
     max_idle_seconds: float
     tools: str | None
+    max_wait_seconds: float = DEFAULT_MAX_WAIT_SECONDS
 
     @property
     def token(self) -> str:
@@ -79,12 +81,6 @@ def parse_job(values: object) -> RunnerJob:
         raise BadJob("the job is not a JSON object of texts")
     if missing := [name for name in _NEEDED if not values.get(name)]:
         raise BadJob(f"the job lacks {', '.join(missing)}: send it on stdin, with --job-file, or as these variables")
-    try:
-        max_idle = float(values.get("SANDBOX_MAX_IDLE_SECONDS") or DEFAULT_MAX_IDLE_SECONDS)
-    except ValueError:
-        max_idle = -1.0
-    if not 0 <= max_idle < float("inf"):
-        raise BadJob("SANDBOX_MAX_IDLE_SECONDS is not a number of seconds")
     base_url = values.get("ANTHROPIC_BASE_URL") or DEFAULT_BASE_URL
     if not base_url.startswith(("https://", "http://")):
         raise BadJob("ANTHROPIC_BASE_URL does not start with https:// or http://")
@@ -95,7 +91,8 @@ def parse_job(values: object) -> RunnerJob:
         base_url=base_url,
         secret=values.get("ANTHROPIC_WORK_SECRET") or None,
         environment_key=values.get("ANTHROPIC_ENVIRONMENT_KEY") or None,
-        max_idle_seconds=max_idle,
+        max_idle_seconds=_seconds(values, "SANDBOX_MAX_IDLE_SECONDS", DEFAULT_MAX_IDLE_SECONDS),
+        max_wait_seconds=_seconds(values, "SANDBOX_MAX_WAIT_SECONDS", DEFAULT_MAX_WAIT_SECONDS),
         tools=values.get("SANDBOX_TOOLS") or None,
     )
     if not job.token:
@@ -103,6 +100,16 @@ def parse_job(values: object) -> RunnerJob:
     if not _HEADER.match(job.token):  # an HTTP library would quote it in its error
         raise BadJob("the credential in ANTHROPIC_WORK_SECRET or ANTHROPIC_ENVIRONMENT_KEY fits no HTTP header")
     return job
+
+
+def _seconds(values: dict[str, str], name: str, default: float) -> float:
+    try:
+        seconds = float(values.get(name) or default)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise BadJob(f"{name} is not a number of seconds")
+    return seconds
 
 
 def _parsed(raw: bytes) -> object:

@@ -3,8 +3,8 @@
 The SDK's worker starts its heartbeat beside the tools, begins it with NO_HEARTBEAT, and force-stops the item on almost
 any exit. Its public hook, `AsyncAnthropic(middleware=[...])`, sees every HTTP attempt. So the runner claims by itself,
 and the middleware carries that claim on: it puts our last heartbeat into every beat, learns from every answer what the
-lease is worth, lets a stop through only when `may_stop` agrees, and keeps results back that must not be sent as they
-are.
+lease is worth, lets a stop through only when `may_stop` agrees, keeps results back that must not be sent as they are,
+and notes every event that the worker gets (`EventLog`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from anthropic.types.beta.environments import BetaSelfHostedWork, BetaSelfHosted
 from anthropic.types.beta.sessions import BetaManagedAgentsSendSessionEvents
 
 from . import runner_clock
+from .runner_events import EventLog, HeardStream
 from .runner_lock import LeaseState
 
 NO_HEARTBEAT = "NO_HEARTBEAT"
@@ -90,8 +91,9 @@ class Lease:
 class LeaseMiddleware(Middleware):
     """Every HTTP attempt of the SDK's worker. `may_stop` is asked before a stop is let through (R4)."""
 
-    def __init__(self, lease: Lease, may_stop: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(self, lease: Lease, may_stop: Callable[[], Awaitable[bool]], log: EventLog) -> None:
         self._lease = lease
+        self._log = log
         self._may_stop = may_stop
         self.hold_results = False
         self.held: list[dict[str, Any]] = []
@@ -105,7 +107,10 @@ class LeaseMiddleware(Middleware):
             return await self._stop(request, call_next)
         if kind == "send":
             return await self._send(request, call_next)
-        return await call_next(request)
+        response = await call_next(request)
+        if kind in ("list", "stream") and response.status_code == 200:
+            return await self._hear(kind, response)
+        return response
 
     async def _heartbeat(self, request: APIRequest, call_next: CallNext) -> Any:
         lease = self._lease
@@ -149,6 +154,16 @@ class LeaseMiddleware(Middleware):
         response = await call_next(request)
         self.stopped = response.status_code in (200, 204, 409)
         return response
+
+    async def _hear(self, kind: str, response: AsyncAPIResponse[Any]) -> Any:
+        heard = await response.parse()
+        if kind == "stream":
+            return HeardStream(heard, self._log)
+        for event in heard.data:
+            self._log.note(event)
+        self._log.is_read |= not heard.has_next_page()
+        heard.data = [event for event in heard.data if not self._log.is_settled(event)]
+        return heard
 
     async def _send(self, request: APIRequest, call_next: CallNext) -> Any:
         if self._lease.lost.is_set():  # R5: another runner answers now
@@ -198,7 +213,7 @@ async def _json(response: AsyncAPIResponse[Any]) -> object:
         return None
 
 
-def _kind(method: str, url: str) -> Literal["heartbeat", "stop", "send", "other"]:
+def _kind(method: str, url: str) -> Literal["heartbeat", "stop", "send", "list", "stream", "other"]:
     path = url.partition("?")[0].rstrip("/")
     if method.lower() == "post":
         if "/work/" in path and path.endswith("/heartbeat"):
@@ -207,4 +222,8 @@ def _kind(method: str, url: str) -> Literal["heartbeat", "stop", "send", "other"
             return "stop"
         if "/sessions/" in path and path.endswith("/events"):
             return "send"
+    elif "/sessions/" in path and path.endswith("/events"):
+        return "list"
+    elif "/sessions/" in path and path.endswith("/events/stream"):
+        return "stream"
     return "other"

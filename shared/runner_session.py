@@ -1,35 +1,40 @@
 """One session under one lease: claim, serve, leave (R1, R4, R6).
 
-The SDK's `EnvironmentWorker.handle_item` does the serving. Around it stand the claim before it starts, the question
-whether its stop may go through, and what happens on SIGTERM.
+The SDK's `EnvironmentWorker.handle_item` does the serving. Around it stand the claim and the answers to what others
+left open before it starts, the question whether its stop may go through, the look back after it, and what happens on
+SIGTERM.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import anthropic
-from anthropic import AsyncAnthropic
 from anthropic.lib.environments import EnvironmentWorker
 
+from .runner_answers import Answers
 from .runner_claim import CALL_TIMEOUT_SECONDS, SETTLE_SECONDS, NotOurs, ack_and_claim, beat, open_api
+from .runner_events import OWNED_TOOLS, EventLog, read_log, turn_is_over
 from .runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK, RunnerJob
+from .runner_journal import DIRECTORY, Journal
 from .runner_lease import NO_HEARTBEAT, Lease, LeaseMiddleware, first_of
 from .runner_lock import Lock, Phase
+from .runner_patience import Patience
 from .runner_tools import Guard, ToolFactory
 
 TEARDOWN_SECONDS = 12.0  # for the SDK after SIGTERM: the tool's end, the memory flush, the stop
+LOOK_BACK_SECONDS = 5.0  # after our stop at the end of a turn, while a last message is still thought about
 LEAVE_SECONDS = 10.0  # then, for our own stop and the held answers
 MAX_RETRIES = 2  # of one request; the SDK's own default
 SETUP_ATTEMPTS = 3
 SETUP_PAUSE_SECONDS = 2.0
 _LONGEST_PAUSE_SECONDS = 30.0
 _ABORT_SECONDS = 1.0
-_RECENT_EVENTS = 100
+SETTLE_CALLS_SECONDS = 30.0  # for the answers at the start; far below the lease, which nothing extends meanwhile
 
 Emit = Callable[..., None]
 Exit = tuple[int, str]
@@ -52,6 +57,9 @@ class Session:
         pause_seconds: float = SETUP_PAUSE_SECONDS,
         teardown_seconds: float = TEARDOWN_SECONDS,
         leave_seconds: float = LEAVE_SECONDS,
+        look_back_seconds: float = LOOK_BACK_SECONDS,
+        settle_calls_seconds: float = SETTLE_CALLS_SECONDS,
+        journal_directory: Path | None = None,
     ) -> None:
         self._job = job
         self._lock = lock
@@ -64,12 +72,19 @@ class Session:
         self._pause_seconds = pause_seconds
         self._teardown_seconds = teardown_seconds
         self._leave_seconds = leave_seconds
+        self._look_back_seconds = look_back_seconds
+        self._settle_calls_seconds = settle_calls_seconds
         self._phase: Phase = "claimed"
         self._giving_up = False
         self._api = open_api(job)
         self._lease = Lease(on_beat=lambda beat: lock.say(self._phase, beat))
-        self._middleware = LeaseMiddleware(self._lease, self._may_stop)
+        self._log = EventLog()
+        self._journal = Journal(journal_directory or workdir / DIRECTORY)
+        self._guard = Guard(self._lease, leaving, emit, kill, log=self._log, journal=self._journal)
+        self._patience = Patience(self._log, self._guard, job.max_wait_seconds)
+        self._middleware = LeaseMiddleware(self._lease, self._may_stop, self._log)
         self._client = open_api(job, middleware=[self._middleware], max_retries=max_retries, timeout=60.0)
+        self._answers = Answers(self._api.with_options(max_retries=max_retries), job, emit)
 
     async def run(self, custom_tools: ToolFactory) -> Exit:
         """From the ack to the exit code."""
@@ -90,17 +105,19 @@ class Session:
             except NotOurs as refused:
                 return EXIT_LEASE_LOST, str(refused)
             self._emit("claimed", session=self._job.session_id, ms=round((time.monotonic() - began) * 1000))
-            watch = asyncio.create_task(self._lease.watch())
+            watches = [asyncio.create_task(watch()) for watch in (self._lease.watch, self._patience.watch)]
             try:
                 return await self._serve(custom_tools)
             finally:
-                watch.cancel()
+                for watch in watches:
+                    watch.cancel()
                 self._kill()
 
     # --- R4: serve until a stop may go through ---------------------------------------------------------------------
 
     async def _serve(self, custom_tools: ToolFactory) -> Exit:
-        guard = Guard(self._lease, self._leaving, self._emit, self._kill)
+        guard = self._guard
+        await self._unless_over(self._answers.settle_predecessors(self._log, self._journal), self._settle_calls_seconds)
         worker = EnvironmentWorker(
             self._client, workdir=self._workdir, tools=guard.tools(custom_tools), max_idle=self._job.max_idle_seconds
         )
@@ -112,6 +129,9 @@ class Session:
             failure = await self._handle_item(worker)
             if self._is_over:
                 break
+            if self._patience.is_over.is_set():
+                self._patience.begin_again()
+                continue
             # The SDK returns for idleness no sooner than this; sooner, it had trouble, and need not have raised.
             if guard.is_set_up and time.monotonic() - began >= max(self._job.max_idle_seconds, self._pause_seconds):
                 failures = 0
@@ -124,12 +144,32 @@ class Session:
                 return EXIT_OK, f"set-up failed {failures} times ({failure}); the agent was told"
             pause = min(self._pause_seconds * failures, _LONGEST_PAUSE_SECONDS)
             await first_of(self._leaving.wait(), self._lease.lost.wait(), asyncio.sleep(pause))
+        if self._middleware.stopped and not self._is_told:
+            await self._unless_over(
+                self._answers.look_back(guard.owned, self._log.interrupted), self._look_back_seconds
+            )
         return await self._leave()
+
+    async def _unless_over(self, work: Coroutine[Any, Any, None], seconds: float) -> None:
+        """Does `work` for so long, or until something ends this runner."""
+        doing = asyncio.create_task(work)
+        await first_of(doing, *(event.wait() for event in self._ends), asyncio.sleep(seconds))
+        if doing.done():
+            doing.result()
+        doing.cancel()
+        await asyncio.wait([doing], timeout=_ABORT_SECONDS)
+
+    @property
+    def _ends(self) -> tuple[asyncio.Event, ...]:
+        return (self._leaving, self._lease.lost, self._lease.stopping)
+
+    @property
+    def _is_told(self) -> bool:
+        return any(event.is_set() for event in self._ends)
 
     @property
     def _is_over(self) -> bool:
-        ends = (self._leaving, self._lease.lost, self._lease.stopping)
-        return self._middleware.stopped or any(event.is_set() for event in ends)
+        return self._middleware.stopped or self._is_told
 
     async def _handle_item(self, worker: EnvironmentWorker) -> str | None:
         """One pass of the SDK's worker. Returns the type of what ended it, if something did."""
@@ -143,7 +183,7 @@ class Session:
                 environment_key=job.environment_key,
             )
         )
-        await first_of(run, self._leaving.wait(), self._lease.lost.wait())
+        await first_of(run, self._leaving.wait(), self._lease.lost.wait(), self._patience.is_over.wait())
         if not run.done():
             # The first cancellation lets the SDK end the tool, flush and stop; the second ends what still hangs then.
             for seconds in (self._teardown_seconds, _ABORT_SECONDS):
@@ -166,29 +206,18 @@ class Session:
             return True
         if not (self._leaving.is_set() or self._giving_up):
             try:
-                if not await self._turn_is_over():
+                if not await self._has_nothing_to_do():
                     return False
             except anthropic.APIError:
                 return False
         return await self._lease_is_ours()
 
-    async def _turn_is_over(self) -> bool:
-        """True when the session is gone, or idle at the end of a turn with nothing new in its event log."""
-        try:
-            session = await self._api.beta.sessions.retrieve(self._job.session_id)
-        except anthropic.NotFoundError:
+    async def _has_nothing_to_do(self) -> bool:
+        if await turn_is_over(self._api, self._job.session_id, self._log.interrupted):
             return True
-        if session.status == "terminated":
-            return True
-        if session.status != "idle":
+        if not self._patience.is_over.is_set():
             return False
-        page = await self._api.beta.sessions.events.list(self._job.session_id, order="desc", limit=_RECENT_EVENTS)
-        for event in page.data:
-            if event.type == "session.status_idle":
-                return event.stop_reason.type != "requires_action"
-            if event.type.startswith("user.") and event.type != "user.tool_confirmation":
-                return False  # processed or not: newer than the idle
-        return False
+        return (await read_log(self._api, self._job.session_id)).only_waits(self._guard.owned)
 
     async def _lease_is_ours(self) -> bool:
         """The fence before a stop: a heartbeat on the condition of our own last one, which the middleware puts in."""
@@ -220,20 +249,23 @@ class Session:
                 if told:
                     self._emit("handover", answers=len(held), stopped=self._middleware.stopped)
                 if not self._lease.lost.is_set():
-                    await self._send(held)
+                    await self._answers.send(held)
         except TimeoutError:
             self._emit("retry", error="TimeoutError", attempt=0)  # what was not sent is the sweep's to heal
         if self._lease.lost.is_set():
             return EXIT_LEASE_LOST, "the lease was lost"
         if told:
             return EXIT_HANDED_OVER, "told to leave"
-        return EXIT_OK, "stopped by the operator" if self._lease.stopping.is_set() else "the session is idle"
+        if self._lease.stopping.is_set():
+            return EXIT_OK, "stopped by the operator"
+        waited = self._patience.is_over.is_set()
+        return EXIT_OK, "nobody else went on" if waited else "the session is idle"
 
     async def _give_up(self, failure: str) -> bool:
         """The session cannot be set up here. Its agent is told why instead of waiting for ever. Stop first, as in
         `_leave`: what the agent does next gets another sandbox. False when the control plane could not be told."""
         try:
-            pending = await pending_calls(self._api.with_options(max_retries=self._max_retries), self._job.session_id)
+            log = await read_log(self._api.with_options(max_retries=self._max_retries), self._job.session_id)
         except anthropic.APIError:
             return False
         self._giving_up = True  # for this one stop only, not for one of the SDK's in a later pass
@@ -242,7 +274,8 @@ class Session:
         if not stopped:
             return False
         text = f"the sandbox could not be set up for this session ({failure}); nothing was run"
-        await self._send([error_result(call, text) for call in pending])
+        pending = [call for call in log.open.values() if call.name in OWNED_TOOLS and not call.is_custom]
+        await self._answers.send([call.error(text) for call in pending])
         return True
 
     async def _stop(self) -> bool:
@@ -254,36 +287,3 @@ class Session:
             except anthropic.APIError:
                 return self._middleware.stopped  # a 409 raises, and says that it is stopped
         return self._middleware.stopped
-
-    async def _send(self, events: list[dict[str, Any]]) -> None:
-        """One by one: a request with several is refused as a whole, and one of them may be answered already."""
-        events_api = self._api.with_options(max_retries=self._max_retries).beta.sessions.events
-        for event in events:
-            try:
-                await events_api.send(self._job.session_id, events=[event])  # type: ignore[list-item]
-            except anthropic.APIError as error:
-                self._emit("retry", error=type(error).__name__, attempt=0)  # the sweep's healing answers in our place
-
-
-async def pending_calls(api: AsyncAnthropic, session_id: str) -> list[str]:
-    """Ids of the calls of the agent toolset that wait for a result, and for nobody's word."""
-    calls: dict[str, None] = {}
-    asked: set[str] = set()
-    async for event in api.beta.sessions.events.list(session_id, limit=1000):
-        if event.type == "agent.tool_use" and event.evaluated_permission == "allow":
-            calls[event.id] = None
-        elif event.type == "agent.tool_use" and event.evaluated_permission == "ask":
-            asked.add(event.id)
-        elif event.type == "user.tool_confirmation" and event.result == "allow" and event.tool_use_id in asked:
-            calls[event.tool_use_id] = None
-        elif event.type == "user.tool_result":
-            calls.pop(event.tool_use_id, None)
-        elif event.type == "user.interrupt" and event.processed_at is not None:
-            calls.clear()  # nothing waits for them any more
-    return list(calls)
-
-
-def error_result(tool_use_id: str, text: str) -> dict[str, Any]:
-    """The event that answers a call which did not run to its end."""
-    content = [{"type": "text", "text": text}]
-    return {"type": "user.tool_result", "tool_use_id": tool_use_id, "is_error": True, "content": content}

@@ -16,10 +16,13 @@ from typing import Any, TypeVar
 from anthropic import AsyncAnthropic
 from anthropic.types.beta.environments import BetaSelfHostedWork
 
+from shared.runner_events import EventLog
 from shared.runner_job import RunnerJob, parse_job
+from shared.runner_journal import Journal
+from shared.runner_lease import Lease
 from shared.runner_lock import Lock
 from shared.runner_session import Exit, Session
-from shared.runner_tools import ToolFactory, load_custom_tools
+from shared.runner_tools import Guard, ToolFactory, load_custom_tools
 from tools.emulator import Emulator
 
 T = TypeVar("T")
@@ -138,6 +141,34 @@ async def in_process(emulator: Emulator, url: str, directory: Path, **options: A
     """A session for the next hand-out. Options in capitals are the job's, the others the session's."""
     changes = {name: options.pop(name) for name in list(options) if name.isupper()}
     return InProcess(parse_job(await job_values(emulator, url, **changes)), directory, **options)
+
+
+class Bench:
+    """A guard with a tool or two, and no control plane."""
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self.time = 0.0
+        self.lines: list[dict[str, Any]] = []
+        self.killed = 0
+        self.leaving = asyncio.Event()
+        self.lease = Lease(on_beat=lambda beat: None, now=lambda: self.time)
+        self.lease.beaten("a", 300, sent_at=0.0)
+        self.log = EventLog()
+        self.guard = Guard(
+            self.lease,
+            self.leaving,
+            self._emit,
+            self._kill,
+            kill_seconds=0.3,
+            log=self.log,
+            journal=journal or Journal(Path("/no/storage")),
+        )
+
+    def _emit(self, event: str, **values: Any) -> None:
+        self.lines.append(values)
+
+    def _kill(self) -> None:
+        self.killed += 1
 
 
 class Runner:

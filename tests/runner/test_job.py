@@ -48,16 +48,19 @@ async def test_the_runner_takes_exactly_what_the_host_sends(emulator: Emulator) 
             "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
             "ANTHROPIC_BASE_URL": "https://api.example",
             "SANDBOX_MAX_IDLE_SECONDS": "12.5",
+            "SANDBOX_MAX_WAIT_SECONDS": "900",
             "SANDBOX_TOOLS": "mine:tools",
         }
     )
     sent = Job.from_item(await poll(emulator), settings)
     taken = read_job(None, io.BytesIO(sent.to_stdin()), {})
-    for name in ("session_id", "work_id", "environment_id", "base_url", "secret", "max_idle_seconds", "tools"):
+    for name in ("session_id", "work_id", "environment_id", "base_url", "secret", "tools"):
         assert getattr(taken, name) == getattr(sent, name)
+    assert (taken.max_idle_seconds, taken.max_wait_seconds) == (12.5, 900)
     assert taken.token.startswith("sk-ant-req-")
     assert taken.environment_key is None
-    assert set(json.loads(sent.to_stdin())) <= {*JOB, "ANTHROPIC_BASE_URL", "SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_TOOLS"}
+    own = {"SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_MAX_WAIT_SECONDS", "SANDBOX_TOOLS"}
+    assert set(json.loads(sent.to_stdin())) <= {*JOB, "ANTHROPIC_BASE_URL", *own}
 
 
 def test_the_environment_is_emptied_of_every_anthropic_variable() -> None:
@@ -125,7 +128,8 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a URL without a scheme": ({**JOB, "ANTHROPIC_BASE_URL": f"{TOKEN}.example"}, "ANTHROPIC_BASE_URL"),
     **{
-        f"{seconds} seconds": ({**JOB, "SANDBOX_MAX_IDLE_SECONDS": seconds}, "SANDBOX_MAX_IDLE_SECONDS")
+        f"{name}={seconds}": ({**JOB, name: seconds}, name)
+        for name in ("SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_MAX_WAIT_SECONDS")
         for seconds in (TOKEN, "nan", "inf", "-1")
     },
 }

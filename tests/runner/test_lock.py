@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from shared.runner_answers import LOST
 from shared.runner_claim import open_api, probe
 from shared.runner_job import EXIT_LEASE_LOST, EXIT_OK, parse_job
 from shared.runner_lock import Holder, LeaseState, Lock, LockHeld, take_over
@@ -294,7 +295,7 @@ async def test_a_newcomer_takes_over_from_a_hung_runner_whose_item_is_queued_aga
     assert not is_alive(shell)
     second = await start(job)
     await wait_idle(emulator, session_id)
-    assert texts(emulator, session_id) == ["served"]
+    assert texts(emulator, session_id) == [f"Error: {LOST}"]  # and it did not run a second time
     second.process.terminate()
     await second.exit()
 

@@ -38,7 +38,9 @@ def item(**changes: Any) -> BetaSelfHostedWork:
 
 
 def test_the_runner_accepts_what_the_host_writes() -> None:
-    job = Job.from_item(item(), settings(SANDBOX_TOOLS="tools:make", SANDBOX_MAX_IDLE_SECONDS="90"))
+    job = Job.from_item(
+        item(), settings(SANDBOX_TOOLS="tools:make", SANDBOX_MAX_IDLE_SECONDS="90", SANDBOX_MAX_WAIT_SECONDS="0")
+    )
     read = parse_job(json.loads(job.to_stdin()))
     assert read == RunnerJob(
         session_id="sesn_1",
@@ -49,6 +51,7 @@ def test_the_runner_accepts_what_the_host_writes() -> None:
         environment_key=None,
         max_idle_seconds=90.0,
         tools="tools:make",
+        max_wait_seconds=0.0,
     )
     assert read.token == TOKEN
 
@@ -62,6 +65,7 @@ def test_the_names_are_the_sdks_own() -> None:
         "ANTHROPIC_BASE_URL",
         "ANTHROPIC_WORK_SECRET",
         "SANDBOX_MAX_IDLE_SECONDS",
+        "SANDBOX_MAX_WAIT_SECONDS",
     }
 
 

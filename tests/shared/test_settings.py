@@ -60,6 +60,7 @@ def test_a_value_is_taken_without_the_space_around_it() -> None:
         ("SANDBOX_LAUNCH_CONCURRENCY", "9" * 5000),
         ("SANDBOX_MAX_IDLE_SECONDS", "-1"),
         ("SANDBOX_MAX_IDLE_SECONDS", "nan"),
+        ("SANDBOX_MAX_WAIT_SECONDS", "inf"),
         ("SANDBOX_RETENTION_SECONDS", "inf"),
         ("SANDBOX_KEEP_WARM_SECONDS", "soon-enough"),
         ("ALLOW_ENVIRONMENT_KEY_IN_SANDBOX", "perhaps"),

@@ -46,6 +46,7 @@ class Job:
     environment_key: str | None = field(repr=False)
     max_idle_seconds: float
     tools: str | None
+    max_wait_seconds: float
 
     @classmethod
     def from_item(cls, item: WorkItem, settings: Settings) -> Job:
@@ -70,6 +71,7 @@ class Job:
             environment_key=None if token else settings.environment_key,
             max_idle_seconds=settings.max_idle_seconds,
             tools=settings.tools,
+            max_wait_seconds=settings.max_wait_seconds,
         )
 
     def to_stdin(self) -> bytes:
@@ -82,6 +84,7 @@ class Job:
             "ANTHROPIC_WORK_SECRET": self.secret,
             "ANTHROPIC_ENVIRONMENT_KEY": self.environment_key,
             "SANDBOX_MAX_IDLE_SECONDS": f"{self.max_idle_seconds:g}",
+            "SANDBOX_MAX_WAIT_SECONDS": f"{self.max_wait_seconds:g}",
             "SANDBOX_TOOLS": self.tools,
         }
         return json.dumps({name: value for name, value in values.items() if value is not None}).encode()

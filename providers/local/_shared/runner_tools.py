@@ -1,4 +1,5 @@
-"""Every tool the agent can call, wrapped (R5): it starts only under a fresh lease, and ends with the runner.
+"""Every tool the agent can call, wrapped (R5): it starts only under a fresh lease, is written down before it runs, and
+ends with the runner.
 
 The SDK shields a running tool from cancellation, so a tool that must end is cancelled here, inside that shield; what
 its commands left behind is killed by process.
@@ -26,11 +27,17 @@ from anthropic.lib.tools import (
 )
 from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_toolset_20260401
 
+from .runner_events import OWNED_TOOLS, EventLog
+from .runner_journal import Journal
 from .runner_lease import Lease, first_of
 
 KILL_SECONDS = 5.0  # from the moment a call must end to the moment nothing of it runs
 INTERRUPTED = "the sandbox was shut down while this ran; it may have taken effect"
 NOT_STARTED = "the sandbox is shutting down; this was not started"
+TURN_INTERRUPTED = "the turn was interrupted before this was run; nothing of it was run"
+BEGUN_BEFORE = "this was begun before and its answer was lost; it may have taken effect, and was not run again"
+
+_RUN_AGAIN = frozenset({"read", "glob", "grep"})  # they change nothing
 
 ToolFactory = Callable[[AgentToolContext], Sequence[Any]]
 
@@ -67,12 +74,20 @@ class Guard:
         emit: Callable[..., None],
         kill: Callable[[], object],
         kill_seconds: float = KILL_SECONDS,
+        *,
+        log: EventLog,
+        journal: Journal,
     ) -> None:
         self._lease = lease
+        self._log = log
+        self._journal = journal
         self._ends = (leaving, lease.lost, lease.stopping)
         self._emit = emit
         self._kill = kill
         self._kill_seconds = kill_seconds
+        self.owned = OWNED_TOOLS
+        """The names of the tools that are ours to run, once the SDK has asked for them."""
+        self.running = 0
         self.is_set_up = False
         """The SDK has asked for the tools: it got the session, its skills and its memory."""
 
@@ -86,6 +101,7 @@ class Guard:
         def build(context: AgentToolContext) -> list[Any]:
             self.is_set_up = True
             bare = [*beta_agent_toolset_20260401(context), *custom(context)]
+            self.owned = OWNED_TOOLS.union(tool.name for tool in bare)
             return [*bare, *(GuardedTool(tool, self) for tool in bare)]
 
         return build
@@ -95,8 +111,10 @@ class Guard:
         await self._lease.wait_fresh(*self._ends)
         if self._must_end:
             raise ToolError(NOT_STARTED)
+        self._begin(tool.name, tool_input)
         began = time.monotonic()
         running = asyncio.ensure_future(_call(tool, tool_input))
+        self.running += 1
         try:
             await first_of(running, *(event.wait() for event in self._ends))
         finally:
@@ -106,6 +124,7 @@ class Guard:
                     self._kill()
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait([running], timeout=self._kill_seconds)
+            self.running -= 1
             interrupted = not running.done() or running.cancelled()
             failed = interrupted or running.exception() is not None
             self._emit("tool", name=tool.name, ms=round((time.monotonic() - began) * 1000), is_error=failed)
@@ -113,6 +132,20 @@ class Guard:
             raise ToolError(INTERRUPTED)
         result: BetaFunctionToolResultType = running.result()
         return result
+
+    def _begin(self, name: str, tool_input: object) -> None:
+        """P3: takes the call down before it runs, or raises. The SDK says which tool and which input; the log we heard
+        says which call: the first of those that wait which was not begun."""
+        calls = [call for call in self._log.open.values() if call.name == name and call.input == tool_input]
+        if not calls and any(c.name == name and c.input == tool_input for c in self._log.interrupted.values()):
+            raise ToolError(TURN_INTERRUPTED)
+        if not calls or name in _RUN_AGAIN:
+            return
+        call = next((call for call in calls if call.id not in self._journal), None)
+        if call is None:
+            raise ToolError(BEGUN_BEFORE)
+        if not self._journal.begin(call.id):
+            self._emit("retry", error="the journal cannot be written", attempt=0)
 
     @property
     def _must_end(self) -> bool:

@@ -176,6 +176,13 @@ class Settings:
         parse=seconds,
         default=60.0,
     )
+    max_wait_seconds: float = setting(
+        "SANDBOX_MAX_WAIT_SECONDS",
+        "How long a runner stays while only somebody else can go on: a person's confirmation, another client's tool, a"
+        " first message. What comes later gets a runner again.",
+        parse=seconds,
+        default=1800.0,
+    )
     keep_warm_seconds: float = setting(
         "SANDBOX_KEEP_WARM_SECONDS",
         "How long a sandbox keeps running without a runner; its files stay.",
