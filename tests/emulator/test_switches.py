@@ -163,6 +163,17 @@ def test_a_hand_out_after_a_stop_is_not_a_repeated_one(worker: Worker) -> None:
     assert worker.poll()["secret"] != first
 
 
+@pytest.mark.parametrize("may", [True, False])
+def test_skills_with_a_sessions_token(worker: Worker, may: bool) -> None:
+    worker.emulator.switch(sessions_token_may_read_skills=may)
+    skill_id = worker.emulator.add_skill("greeting", {"SKILL.md": "---\nname: greeting\ndescription: Greets.\n---\n"})
+    worker.emulator.create_session(skills=[skill_id])
+    token = token_of(worker.poll()["secret"])
+    path = f"/v1/skills/{skill_id}/versions/latest"
+    assert worker.http.get(path, headers=bearer(token)).status_code == (200 if may else 403)
+    assert worker.http.get(path).status_code == 200  # the environment key may
+
+
 # Stop
 
 
