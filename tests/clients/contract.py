@@ -139,6 +139,20 @@ class Client:
         stops = [record.status for record in asked(emulator, "work.stop") if session_id in record.path]
         assert stops == [409] * self.fatal_retries
 
+    def test_a_burst_of_errors_is_outlived(self, emulator: Emulator, command: list[str], workdir: Path) -> None:
+        """Two retries are in the core of every SDK: the third try of each call gets through, and once."""
+        session_id = emulator.create_session()
+        emulator.say(session_id, "!echo hello >> greeting")
+        for operation in ("work.ack", "sessions.get", "events.send"):
+            emulator.fault(operation, "fail", 2, status=503)
+        with started(emulator, [*command, "run"], workdir) as process:
+            stopped(emulator, session_id)
+            ended(process)
+        for operation in ("work.ack", "sessions.get", "events.send"):
+            assert [record.status for record in asked(emulator, operation)] == [503, 503, 200], operation
+        assert (workdir / "greeting").read_text() == "hello\n"
+        assert len(emulator.events(session_id, "user.tool_result")) == 1
+
 
 def asked(emulator: Emulator, operation: str) -> list[RequestRecord]:
     return [record for record in emulator.requests if record.operation == operation]
