@@ -70,6 +70,7 @@ class FakeProvider:
         self.renewed: list[str] = []
         self.released: list[str] = []
         self.broken: dict[str, Exception] = {}
+        self.listed = 0
 
     @property
     def started(self) -> list[str]:
@@ -89,6 +90,7 @@ class FakeProvider:
         self.renewed.append(sandbox_id)
 
     async def sandboxes(self) -> AsyncIterator[SandboxInfo]:
+        self.listed += 1
         self._check("sandboxes")
         for info in self.infos:
             yield info

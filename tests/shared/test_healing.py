@@ -25,7 +25,7 @@ from tests.shared.support import (
     says_ready,
     settings_for,
 )
-from tools.emulator import Clock, Emulator, Switches, call, custom, end, repeat_output, say, tools
+from tools.emulator import Clock, Emulator, Switches, call, custom, delegate, end, repeat_output, say, tools
 from tools.emulator.switches import values_of
 
 LAPSE_SECONDS = 361.0  # past the lease and the server's sweeper
@@ -178,6 +178,26 @@ async def test_no_interrupt_while_somebody_else_is_waited_for(make_world: MakeWo
     assert len(world.emulator.pending_calls(session)) == 1
 
 
+async def test_a_late_answer_of_the_runner_is_no_treatment(make_world: MakeWorld) -> None:
+    """A runner that hands over posts its answers after its stop. The agent may still go on without the rest."""
+    world = make_world(Switches(result_on_stopped_item="ignored"))
+    session = await world.strand(tools(call("bash", command="x"), call("bash", command="y")), say("told"), end())
+    content = [{"type": "text", "text": "handed over"}]
+    first = world.emulator.pending_calls(session)[0]
+    world.emulator.send(session, {"type": "user.tool_result", "tool_use_id": first, "content": content})
+    await world.sweep_later()
+    assert [text for text, _ in world.results(session)] == ["handed over", LOST]
+    assert (world.said(session), world.sent(session, "user.interrupt")) == ("told", 0)
+
+
+async def test_a_call_of_a_sub_agent_is_answered(world: World) -> None:
+    helper = delegate("helper", "do it", tools(call("bash", command="x")), repeat_output)
+    session = await world.strand(helper, say("told"), end())
+    await world.dispatcher.sweep()
+    assert world.results(session) == [(LOST, True)]
+    assert world.said(session) == "told"
+
+
 async def test_a_denied_key_heals_nothing_and_breaks_nothing(
     make_world: MakeWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -322,6 +342,61 @@ async def test_a_session_that_went_on_since_the_list_is_left_alone(world: World)
     assert world.results(session) == []
 
 
+def change_events(detour: Detour, session: str, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Changes the log as it is read."""
+
+    def apply(request: httpx2.Request, response: httpx2.Response) -> httpx2.Response | None:
+        if request.method != "GET" or not request.url.path.endswith(f"/{session}/events"):
+            return None
+        page = response.json()
+        change(page["data"])
+        headers = {"date": response.headers["date"]}
+        return httpx2.Response(200, json=page, headers=headers)
+
+    detour.changes.append(apply)
+
+
+async def test_a_call_of_a_thread_that_ended_is_not_answered(world: World, detour: Detour) -> None:
+    session = await world.strand()
+
+    def end_its_thread(events: list[dict[str, Any]]) -> None:
+        for event in events:
+            if event["type"] == "agent.tool_use":
+                event["session_thread_id"] = "sthr_gone"
+        ended = {"session_thread_id": "sthr_gone", "agent_name": "helper", "processed_at": events[-1]["processed_at"]}
+        events.append({"id": "sevt_x", "type": "session.thread_status_terminated", **ended})
+
+    change_events(detour, session, end_its_thread)
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+
+
+async def test_an_answer_that_comes_while_we_look_is_not_given_twice(world: World, detour: Detour) -> None:
+    session = await world.strand()
+    (waiting,) = world.emulator.pending_calls(session)
+
+    def another_host_answers(_: list[dict[str, Any]]) -> None:
+        if world.emulator.pending_calls(session):
+            world.emulator.send(session, {"type": "user.tool_result", "tool_use_id": waiting, "is_error": True})
+
+    change_events(detour, session, another_host_answers)
+    await world.dispatcher.sweep()
+    assert count(world.emulator, "events.send") == 0
+
+
+async def test_the_sessions_own_status_is_what_counts(world: World, detour: Detour) -> None:
+    session = await world.strand()
+
+    def rescheduling(request: httpx2.Request, response: httpx2.Response) -> httpx2.Response | None:
+        if not request.url.path.endswith(f"/sessions/{session}"):
+            return None
+        return httpx2.Response(200, json=response.json() | {"status": "rescheduling"})
+
+    detour.changes.append(rescheduling)
+    await world.dispatcher.sweep()
+    assert world.results(session) == []
+
+
 # --- acked and never claimed -----------------------------------------------------------------------------------------
 
 
@@ -341,7 +416,20 @@ async def test_an_item_acked_and_never_claimed_is_freed_and_its_turn_goes_on(wor
     assert world.said(session) == f"Error: {LOST}"
 
 
-async def test_an_item_claimed_since_the_list_is_not_stopped(world: World) -> None:
+async def test_an_item_that_was_beaten_is_not_touched_whatever_its_state_is_called(world: World) -> None:
+    emulator = world.emulator
+    session = emulator.create_session()
+    await claim(world.client, emulator, session)
+    emulator.advance(160)
+    healer = Healer(world.client, settings_for(emulator))
+    items = await healer.list_work()
+    assert items is not None
+    items[0].state = "starting"
+    assert await healer.heal(items) == 0
+    assert count(emulator, "work.heartbeat") == 1
+
+
+async def test_an_item_claimed_since_the_list_is_not_stopped(world: World, caplog: pytest.LogCaptureFixture) -> None:
     emulator = world.emulator
     session = emulator.create_session()
     await claim(world.client, emulator, session, beat=False)
@@ -355,6 +443,7 @@ async def test_an_item_claimed_since_the_list_is_not_stopped(world: World) -> No
     assert await healer.heal(items) == 0
     assert emulator.work(session)["state"] == "active"
     assert count(emulator, "work.stop") == 0
+    assert "action=heal" not in caplog.text  # it is as it should be
 
 
 async def test_an_item_that_is_stopping_already_is_not_stopped_again(world: World) -> None:
@@ -452,7 +541,7 @@ async def test_a_finished_session_costs_one_small_request(world: World) -> None:
 async def test_a_sweep_looks_at_so_many_and_at_the_latest_first(world: World) -> None:
     emulator = world.emulator
     stranded = emulator.create_session()  # the oldest item there is, stopped last
-    for _ in range(60):
+    for _ in range(400):
         finish(emulator)
     emulator.advance(HEALABLE_SECONDS)
     emulator.say(stranded, "!go")

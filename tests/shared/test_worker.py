@@ -70,6 +70,21 @@ async def test_it_sweeps_again_when_it_is_time() -> None:
     await running
 
 
+async def test_it_leaves_the_waking_to_webhooks_when_told_to() -> None:
+    class Soon(asyncio.Event):
+        """Set once it has been looked at so many times."""
+
+        looks = 0
+
+        def is_set(self) -> bool:
+            self.looks += 1
+            return self.looks > 10
+
+    dispatcher = Counting()
+    await worker.run(dispatcher, stop=Soon(), poll=False, pause_seconds=SHORT)
+    assert (dispatcher.sweeps, dispatcher.wakes) == (1, 0)
+
+
 async def test_new_work_does_not_wait_for_a_long_sweep_nor_does_the_end() -> None:
     dispatcher, stop = Counting(), asyncio.Event()
     dispatcher.hangs = True
