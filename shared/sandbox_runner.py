@@ -135,7 +135,9 @@ async def _serve(job: RunnerJob, lock: Lock) -> tuple[int, str]:
     except (ImportError, SyntaxError, AttributeError, OSError) as error:
         return EXIT_CANNOT_RUN, f"{type(error).__name__}: {error}"
     kill = runner_process.kill_descendants
-    session = Session(job, lock=lock, leaving=leaving, workdir=workdir(), emit=emit, kill=kill)
+    session = Session(
+        job, lock=lock, leaving=leaving, workdir=workdir(), emit=emit, kill=kill, mark=runner_process.mark
+    )
     for number in _LEAVE_SIGNALS:
         loop.add_signal_handler(number, session.leave)
     # A signal that came while the SDK was loading waits for the loop, which did not run meanwhile: let it. To leave now

@@ -150,6 +150,7 @@ class Bench:
         self.time = 0.0
         self.lines: list[dict[str, Any]] = []
         self.killed = 0
+        self.leftovers_killed = 0
         self.leaving = asyncio.Event()
         self.lease = Lease(on_beat=lambda beat: None, now=lambda: self.time)
         self.lease.beaten("a", 300, sent_at=0.0)
@@ -162,6 +163,7 @@ class Bench:
             kill_seconds=0.3,
             log=self.log,
             journal=journal or Journal(Path("/no/storage")),
+            mark=lambda: self._kill_leftovers,
         )
 
     def _emit(self, event: str, **values: Any) -> None:
@@ -169,6 +171,9 @@ class Bench:
 
     def _kill(self) -> None:
         self.killed += 1
+
+    def _kill_leftovers(self) -> None:
+        self.leftovers_killed += 1
 
 
 class Runner:

@@ -292,11 +292,26 @@ async def test_a_call_that_refuses_to_end_is_given_up(bench: Bench) -> None:
     done.set()
 
 
-async def test_the_sdks_time_limit_ends_a_call_and_leaves_the_background_alone(bench: Bench) -> None:
+async def test_the_sdks_time_limit_ends_a_call_and_what_it_started_and_leaves_the_rest_alone(bench: Bench) -> None:
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(bench.guard.run(slow, {}), 0.05)
-    assert bench.killed == 0
+    assert (bench.killed, bench.leftovers_killed) == (0, 1)
     assert [line["is_error"] for line in bench.lines] == [True]
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+async def test_what_a_command_left_is_killed_when_it_took_too_long_and_not_when_it_failed(
+    bench: Bench, in_time: bool
+) -> None:
+    @beta_async_tool
+    async def command() -> str:
+        """Fails."""
+        raise ToolError("failed") from (None if in_time else TimeoutError())
+
+    with pytest.raises(ToolError):
+        await bench.guard.run(command, {})
+    await bench.guard.run(quick, {})
+    assert bench.leftovers_killed == (0 if in_time else 1)
 
 
 async def test_what_a_tool_raises_is_what_the_sdk_sees(bench: Bench) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from shared import runner_process
 from shared.runner_job import (
     EXIT_BAD_JOB,
     EXIT_CANNOT_RUN,
@@ -37,7 +38,7 @@ from tests.runner.support import (
     wait_file,
     wait_idle,
 )
-from tools.emulator import Emulator, Switches, custom, end, repeat_output
+from tools.emulator import Emulator, Switches, call, custom, end, repeat_output
 
 FILES = ("sandbox_runner.py", *sorted(path.name for path in RUNNER.parent.glob("runner_*.py")))
 # Processes that leave the shell in every way there is; their pids end up in the file `pids`, then the call hangs.
@@ -319,3 +320,24 @@ def test_help_says_what_there_is() -> None:
     assert done.returncode == 0
     assert "--check" in done.stdout
     assert "--job-file" in done.stdout
+
+
+async def test_a_command_that_took_too_long_leaves_nothing_behind_and_earlier_servers_alone(
+    emulator: Emulator, start: Start, tmp_path: Path
+) -> None:
+    """The SDK kills the shell, and only the shell."""
+    serve = "(while true; do sleep 300 & echo $! >> workers; wait; done) & echo $! > server"
+    slow = "sleep 300 & echo $! > left; setsid sh -c 'sleep 300 & wait' & kill -9 $(head -n 1 workers); sleep 300"
+    session_id = emulator.create_session()
+    emulator.set_script(
+        session_id, [call("bash", command=serve), call("bash", command=slow, timeout_ms=1500), repeat_output, end()]
+    )
+    emulator.say(session_id, "go")
+    runner = await start(await job_values(emulator, emulator.url, SANDBOX_MAX_IDLE_SECONDS="60"))
+    await until(emulator, lambda: texts(emulator, session_id))
+    assert "timed out" in texts(emulator, session_id)[0]
+    server, left = (int((tmp_path / "workspace" / name).read_text()) for name in ("server", "left"))
+    worker = int((tmp_path / "workspace" / "workers").read_text().split()[-1])
+    assert not is_alive(left)
+    below = set(runner_process.descendants(runner.process.pid))
+    assert below == {server, worker}  # the server of the first call, and the worker that it began during the second

@@ -21,7 +21,7 @@ from anthropic.lib.tools.agent_toolset import BASH_DEFAULT_TIMEOUT, beta_agent_t
 from anthropic.types.beta.environments import BetaSelfHostedWork
 
 from tests.runner.proxy import Proxy
-from tests.runner.support import operations, poll, results, until, wait_file, wait_idle
+from tests.runner.support import is_alive, operations, poll, results, until, wait_file, wait_idle
 from tools.emulator import Emulator, custom, end, repeat_output
 
 CallNext = Callable[[Any], Awaitable[AsyncAPIResponse[Any]]]
@@ -274,6 +274,38 @@ def test_the_toolset_is_the_documented_one(tmp_path: Path) -> None:
 
     names = [tool.name for tool in beta_agent_toolset_20260401(AgentToolContext(workdir=tmp_path))]
     assert sorted(names) == ["bash", "edit", "glob", "grep", "read", "write"]
+
+
+async def test_a_command_that_takes_too_long_says_so_in_the_cause_and_its_shell_is_gone(tmp_path: Path) -> None:
+    from anthropic.lib.tools.agent_toolset import AgentToolContext
+
+    bash = next(tool for tool in beta_agent_toolset_20260401(AgentToolContext(workdir=tmp_path)) if tool.name == "bash")
+    with pytest.raises(ToolError) as raised:
+        await bash.call({"command": "echo $$ > shell; sleep 300", "timeout_ms": 500})
+    assert isinstance(raised.value.__cause__, TimeoutError)
+    assert not is_alive(int((tmp_path / "shell").read_text()))
+
+
+async def test_a_materialised_answer_of_a_middleware_is_handed_on(
+    emulator: Emulator, session_id: str, tmp_path: Path, bench: Open
+) -> None:
+    """Lists and streams pass through us parsed: what we leave out of a list, the SDK's worker does not see."""
+
+    class Without(Middleware):
+        async def handle_async(self, request: APIRequest, call_next: CallNext) -> Any:
+            response = await call_next(request)
+            if not request.url.endswith("/events") or request.method.lower() != "get":
+                return response
+            page = await response.parse()
+            page.data = [event for event in page.data if event.type != "agent.tool_use"]
+            return page
+
+    emulator.say(session_id, "!echo hello > seen")
+    serving = asyncio.create_task(bench(middleware=[Without()]).serve())
+    await until(emulator, lambda: "events.list" in operations(emulator))
+    emulator.send(session_id, {"type": "user.interrupt"})
+    await serving
+    assert not (tmp_path / "seen").exists()
 
 
 def test_the_limit_of_a_call_is_above_the_limit_of_a_command() -> None:

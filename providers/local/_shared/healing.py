@@ -210,16 +210,12 @@ class Healer:
         return Strand(tuple(ours), treated, others_wait=len(ours) < len(open_calls))
 
 
-def _permission(event: Any, verdicts: dict[str, str]) -> str:
-    """allow, ask or deny; anything newer than that counts as ask."""
-    evaluated = getattr(event, "evaluated_permission", None)
-    if evaluated == "deny":
-        return "deny"
-    return verdicts.get(event.id, "allow" if evaluated == "allow" else "ask")
-
-
 def _is_ours_to_answer(event: Any, verdicts: dict[str, str]) -> bool:
-    return event.type == "agent.tool_use" and event.name in OWNED_TOOLS and _permission(event, verdicts) == "allow"
+    """A call of the agent toolset that was allowed, by a rule or by a person."""
+    if event.type != "agent.tool_use" or event.name not in OWNED_TOOLS:
+        return False
+    permission = event.evaluated_permission
+    return permission == "allow" or (permission == "ask" and verdicts.get(event.id) == "allow")
 
 
 def _is_ours(result: Any) -> bool:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _PR_SET_DUMPABLE = 4
@@ -61,9 +62,13 @@ def descendants(root: int) -> list[int]:
 
 def kill_descendants(root: int | None = None) -> int:
     """SIGKILLs everything below `root` (this process by default) until nothing is left. Returns how many it killed."""
+    return _kill_all(lambda: descendants(os.getpid() if root is None else root))
+
+
+def _kill_all(find: Callable[[], list[int]]) -> int:
     killed: set[int] = set()
     for _ in range(_KILL_ROUNDS):
-        alive = descendants(os.getpid() if root is None else root)
+        alive = find()
         if not alive:
             break
         for pid in alive:
@@ -84,6 +89,29 @@ def kill_tree(pid: int) -> None:
 def terminate(pid: int) -> None:
     """SIGTERM, to a process that may be gone already."""
     _signal(pid, signal.SIGTERM)
+
+
+def mark() -> Callable[[], int]:
+    """Notes every process below this one. What it returns kills those that came since, and spares what earlier ones
+    started: a background server that begins a new worker meanwhile keeps it."""
+    me = os.getpid()
+    before = {pid: _started(pid) for pid in descendants(me)}
+
+    def is_earlier(pid: int) -> bool:
+        return pid in before and before[pid] == _started(pid)  # a number may be given away again
+
+    def newcomers() -> list[int]:
+        parents = {pid: parent for pid, parent, state in _processes() if state != "Z"}
+        found = []
+        for pid in parents:
+            above = pid
+            while above != me and above in parents and not is_earlier(above):
+                above = parents[above]
+            if above == me and pid != me:
+                found.append(pid)
+        return found
+
+    return lambda: _kill_all(newcomers)
 
 
 class OrphanReaper:
@@ -122,6 +150,14 @@ def _processes() -> list[tuple[int, int, str]]:
         state, parent = stat.rpartition(")")[2].split()[:2]  # the name before it may hold spaces and brackets
         found.append((int(entry), int(parent), state))
     return found
+
+
+def _started(pid: int) -> str:
+    """When it was started, in the kernel's ticks; empty when it is gone."""
+    try:
+        return Path("/proc", str(pid), "stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def _signal(pid: int, number: int) -> None:

@@ -24,7 +24,7 @@ from .runner_journal import DIRECTORY, Journal
 from .runner_lease import NO_HEARTBEAT, Lease, LeaseMiddleware, first_of
 from .runner_lock import Lock, Phase
 from .runner_patience import Patience
-from .runner_tools import Guard, ToolFactory
+from .runner_tools import Guard, Mark, ToolFactory
 
 TEARDOWN_SECONDS = 12.0  # for the SDK after SIGTERM: the tool's end, the memory flush, the stop
 LOOK_BACK_SECONDS = 5.0  # after our stop at the end of a turn, while a last message is still thought about
@@ -41,7 +41,8 @@ Exit = tuple[int, str]
 
 
 class Session:
-    """Serves one job. `leaving` is set by `leave`; `kill` ends every process that the tools left behind."""
+    """Serves one job. `leaving` is set by `leave`; `kill` ends every process that the tools left behind, and
+    what `mark` returns those that were started since."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Session:
         workdir: Path,
         emit: Emit,
         kill: Callable[[], object],
+        mark: Mark = lambda: lambda: None,
         max_retries: int = MAX_RETRIES,
         settle_seconds: float = SETTLE_SECONDS,
         pause_seconds: float = SETUP_PAUSE_SECONDS,
@@ -80,7 +82,7 @@ class Session:
         self._lease = Lease(on_beat=lambda beat: lock.say(self._phase, beat))
         self._log = EventLog()
         self._journal = Journal(journal_directory or workdir / DIRECTORY)
-        self._guard = Guard(self._lease, leaving, emit, kill, log=self._log, journal=self._journal)
+        self._guard = Guard(self._lease, leaving, emit, kill, log=self._log, journal=self._journal, mark=mark)
         self._patience = Patience(self._log, self._guard, job.max_wait_seconds)
         self._middleware = LeaseMiddleware(self._lease, self._may_stop, self._log)
         self._client = open_api(job, middleware=[self._middleware], max_retries=max_retries, timeout=60.0)

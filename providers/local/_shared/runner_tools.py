@@ -40,6 +40,8 @@ BEGUN_BEFORE = "this was begun before and its answer was lost; it may have taken
 _RUN_AGAIN = frozenset({"read", "glob", "grep"})  # they change nothing
 
 ToolFactory = Callable[[AgentToolContext], Sequence[Any]]
+Mark = Callable[[], Callable[[], object]]
+"""Called before a call; what it returns ends the processes that were started since."""
 
 
 def load_custom_tools(reference: str | None) -> ToolFactory:
@@ -77,10 +79,12 @@ class Guard:
         *,
         log: EventLog,
         journal: Journal,
+        mark: Mark = lambda: lambda: None,
     ) -> None:
         self._lease = lease
         self._log = log
         self._journal = journal
+        self._mark = mark
         self._ends = (leaving, lease.lost, lease.stopping)
         self._emit = emit
         self._kill = kill
@@ -112,7 +116,7 @@ class Guard:
         if self._must_end:
             raise ToolError(NOT_STARTED)
         self._begin(tool.name, tool_input)
-        began = time.monotonic()
+        began, kill_leftovers = time.monotonic(), self._mark()
         running = asyncio.ensure_future(_call(tool, tool_input))
         self.running += 1
         try:
@@ -126,7 +130,10 @@ class Guard:
                     await asyncio.wait([running], timeout=self._kill_seconds)
             self.running -= 1
             interrupted = not running.done() or running.cancelled()
-            failed = interrupted or running.exception() is not None
+            error = None if interrupted else running.exception()
+            if interrupted or isinstance(getattr(error, "__cause__", None), TimeoutError):
+                kill_leftovers()  # the SDK ended the shell, and only that
+            failed = interrupted or error is not None
             self._emit("tool", name=tool.name, ms=round((time.monotonic() - began) * 1000), is_error=failed)
         if interrupted:
             raise ToolError(INTERRUPTED)
