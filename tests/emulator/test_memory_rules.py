@@ -58,6 +58,14 @@ async def test_prefix_depth_and_pages(owner: AsyncAnthropic, store_id: str) -> N
         await listed(page="/gone")
 
 
+async def test_a_full_page_is_smaller(owner: AsyncAnthropic, emulator: Emulator) -> None:
+    store_id = emulator.add_memory_store("many", {f"/{number}": "" for number in range(21)})
+    memories = owner.beta.memory_stores.memories
+    assert len((await memories.list(store_id, limit=100)).data) == 21
+    page = await memories.list(store_id, limit=100, view="full")
+    assert (len(page.data), page.has_next_page()) == (20, True)
+
+
 async def test_preconditions(owner: AsyncAnthropic, emulator: Emulator, store_id: str) -> None:
     memories = owner.beta.memory_stores.memories
     item = await memories.create(store_id, path="/a.md", content="one", view="full")

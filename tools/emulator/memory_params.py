@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, StringConstraints
 
-from .params import PAGE, PageQuery, Params
+from .params import PAGE, Metadata, MetadataPatch, PageQuery, Params
 
 MOST_WITH_CONTENT = 20
 """Documented: a page with `view=full` holds no more, whatever the limit says."""
@@ -15,8 +15,6 @@ View = Literal["basic", "full"]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 StoreName = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Description = Annotated[str, StringConstraints(max_length=1024)]
-MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
 
 class SkillListQuery(Params):
@@ -33,13 +31,13 @@ class SkillVersionListQuery(Params):
 class MemoryStoreCreateBody(Params):
     name: StoreName
     description: Description = ""
-    metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
+    metadata: Metadata = Field(default_factory=dict)
 
 
 class MemoryStoreUpdateBody(Params):
     name: StoreName | None = None
     description: Description | None = None
-    metadata: dict[MetadataKey, MetadataValue | None] | None = None
+    metadata: MetadataPatch | None = None
 
 
 class MemoryStoreListQuery(PageQuery):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from .errors import Invalid
 
 MAX_TTL_SECONDS = 3600  # a limit of ours: how the server clamps desired_ttl_seconds is open
 PAGE = Field(default=20, ge=1, le=100)
 
+MOST_METADATA = 16
+
 Access = Literal["read_write", "read_only"]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MOST_METADATA)]
+MetadataPatch = dict[MetadataKey, MetadataValue | None]
 
 
 class Params(BaseModel):
@@ -119,20 +125,7 @@ Resource = Annotated[MemoryStoreResource | OtherResource, Field(discriminator="t
 
 class SessionUpdateBody(Params):
     title: str | None = None
-    metadata: dict[str, str | None] | None = None
-
-
-class SessionListQuery(PageQuery):
-    order: Literal["asc", "desc"] = "desc"
-    include_archived: bool = False
-    statuses: list[Literal["idle", "running", "rescheduling", "terminated"]] | None = Field(
-        default=None, alias="statuses[]"
-    )
-
-
-class ResourceListQuery(Params):
-    limit: int = Field(default=1000, ge=1, le=1000)
-    page: str | None = None
+    metadata: MetadataPatch | None = None
 
 
 # Events
@@ -204,38 +197,10 @@ class SessionCreateBody(Params):
     agent: str | AgentReference
     environment_id: str
     title: str | None = None
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    metadata: Metadata = Field(default_factory=dict)
     initial_events: list[UserMessage] = Field(default_factory=list, max_length=50)
     resources: list[Resource] = Field(default_factory=list)
     vault_ids: list[str] = Field(default_factory=list)
-
-
-class EventListQuery(Params):
-    limit: int = Field(default=1000, ge=1, le=1000)
-    page: str | None = None
-    order: Literal["asc", "desc"] = "asc"
-    types: list[str] | None = Field(default=None, alias="types[]")
-    created_at_gt: AwareDatetime | None = Field(default=None, alias="created_at[gt]")
-    created_at_gte: AwareDatetime | None = Field(default=None, alias="created_at[gte]")
-    created_at_lt: AwareDatetime | None = Field(default=None, alias="created_at[lt]")
-    created_at_lte: AwareDatetime | None = Field(default=None, alias="created_at[lte]")
-
-
-class ThreadListQuery(Params):
-    limit: int = Field(default=1000, ge=1, le=1000)
-    page: str | None = None
-    statuses: list[Literal["idle", "running", "rescheduling", "terminated"]] | None = Field(
-        default=None, alias="statuses[]"
-    )
-
-
-class ThreadEventListQuery(Params):
-    limit: int = Field(default=1000, ge=1, le=1000)
-    page: str | None = None
-
-
-class EventStreamQuery(Params):
-    event_deltas: list[Literal["agent.message", "agent.thinking"]] | None = Field(default=None, alias="event_deltas[]")
 
 
 P = TypeVar("P", bound=Params)

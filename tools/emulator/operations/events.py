@@ -8,7 +8,8 @@ from typing import Any
 from starlette.responses import Response
 
 from tools.emulator import replies
-from tools.emulator.params import EventListQuery, EventsBody, EventStreamQuery
+from tools.emulator.list_params import EventListQuery, EventStreamQuery
+from tools.emulator.params import EventsBody
 from tools.emulator.requests import Call
 from tools.emulator.state import Event
 from tools.emulator.streams import stream
@@ -33,20 +34,9 @@ async def list_events(call: Call) -> dict[str, Any]:
 
 def _matches(event: Event, query: EventListQuery) -> bool:
     """The `created_at` filters compare `processed_at` (SDK); a message that still waits matches none of them."""
-    if query.types is not None and event["type"] not in query.types:
-        return False
-    bounds = (query.created_at_gt, query.created_at_gte, query.created_at_lt, query.created_at_lte)
-    if all(bound is None for bound in bounds):
-        return True
-    if event["processed_at"] is None:
-        return False
-    at = datetime.fromisoformat(event["processed_at"])
-    return (
-        (query.created_at_gt is None or at > query.created_at_gt)
-        and (query.created_at_gte is None or at >= query.created_at_gte)
-        and (query.created_at_lt is None or at < query.created_at_lt)
-        and (query.created_at_lte is None or at <= query.created_at_lte)
-    )
+    at = event["processed_at"]
+    is_type = query.types is None or event["type"] in query.types
+    return is_type and query.admits(datetime.fromisoformat(at) if at else None)
 
 
 async def stream_events(call: Call) -> Response:

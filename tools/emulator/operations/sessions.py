@@ -6,8 +6,10 @@ from typing import Any
 
 from tools.emulator import replies
 from tools.emulator.errors import Invalid
-from tools.emulator.params import ResourceListQuery, SessionCreateBody, SessionListQuery, SessionUpdateBody
+from tools.emulator.list_params import ResourceListQuery, SessionListQuery
+from tools.emulator.params import SessionCreateBody, SessionUpdateBody
 from tools.emulator.requests import Call
+from tools.emulator.state import Session
 
 Json = dict[str, Any]
 
@@ -21,15 +23,23 @@ async def create_session(call: Call) -> Json:
 async def list_sessions(call: Call) -> Json:
     query = call.query(SessionListQuery)
     with call.engine.transact() as now:
-        items = [
-            it
-            for it in call.world.sessions.values()
-            if (query.include_archived or it.archived_at is None)
-            and (query.statuses is None or it.status in query.statuses)
-        ]
+        items = [it for it in call.world.sessions.values() if _matches(it, query)]
         items = items if query.order == "asc" else items[::-1]
         shown, next_page = replies.page(items, lambda it: it.id, query.limit, query.page)
         return {"data": [replies.session(it, now) for it in shown], "next_page": next_page}
+
+
+def _matches(it: Session, query: SessionListQuery) -> bool:
+    """An agent has one version here, and a version without its agent says nothing (SDK)."""
+    is_version = query.agent_id is None or query.agent_version in (None, it.agent["version"])
+    return (
+        (query.include_archived or it.archived_at is None)
+        and (query.statuses is None or it.status in query.statuses)
+        and query.agent_id in (None, it.agent["id"])
+        and is_version
+        and query.memory_store_id in (None, *(resource["memory_store_id"] for resource in it.resources))
+        and query.admits(it.created_at)
+    )
 
 
 async def get_session(call: Call) -> Json:

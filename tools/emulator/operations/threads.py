@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from tools.emulator import replies
-from tools.emulator.params import EventStreamQuery, ThreadEventListQuery, ThreadListQuery
+from tools.emulator.list_params import EventStreamQuery, ThreadEventListQuery, ThreadListQuery
 from tools.emulator.requests import Call
 from tools.emulator.state import Session
 from tools.emulator.state.threads import Thread

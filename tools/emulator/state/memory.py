@@ -16,7 +16,7 @@ from typing import Any
 
 from tools.emulator.errors import Conflict, Invalid, NotFound
 from tools.emulator.memory_params import MemoryStoreUpdateBody
-from tools.emulator.params import MemoryStoreResource
+from tools.emulator.params import MOST_METADATA, MemoryStoreResource
 
 from .ids import new_id
 from .work import merge
@@ -116,10 +116,10 @@ class MemoryStore:
 
     def update(self, body: MemoryStoreUpdateBody, now: datetime) -> None:
         self._check_writable()
+        merge(self.metadata, body.metadata or {}, MOST_METADATA)
         self.name = body.name or self.name
         if "description" in body.model_fields_set:
             self.description = body.description or ""
-        merge(self.metadata, body.metadata or {})
         self.updated_at = now
 
     def _check_writable(self) -> None:

@@ -247,10 +247,15 @@ class WorkQueue:
         }
 
 
-def merge(metadata: dict[str, str], patch: dict[str, str | None]) -> None:
-    """The merge patch of every metadata field: a string sets the key, null deletes it."""
+def merge(metadata: dict[str, str], patch: dict[str, str | None], most: int | None = None) -> None:
+    """The merge patch of every metadata field: a string sets the key, null deletes it; `most` may be left after it."""
     if any(not key for key in patch):
         raise Invalid("metadata: keys must not be empty")
+    left = {key for key in metadata if patch.get(key, "") is not None} | {
+        key for key in patch if patch[key] is not None
+    }
+    if most is not None and len(left) > most:
+        raise Invalid(f"metadata: {len(left)} keys, and at most {most} may be")
     for key, value in patch.items():
         if value is None:
             metadata.pop(key, None)

@@ -13,6 +13,7 @@ from tools.emulator.agents import Step
 from tools.emulator.clock import stamp
 from tools.emulator.errors import Invalid, NotFound
 from tools.emulator.params import (
+    MOST_METADATA,
     AgentCreateBody,
     AgentReference,
     CustomToolResult,
@@ -158,11 +159,11 @@ class World:
     def update_session(self, session_id: str, body: SessionUpdateBody, now: datetime) -> Session:
         session = self.session(session_id)
         changed: dict[str, object] = {}
+        if body.metadata:
+            merge(session.metadata, body.metadata, MOST_METADATA)
+            changed["metadata"] = dict(session.metadata)
         if "title" in body.model_fields_set and body.title != session.title:
             session.title = changed["title"] = body.title
-        if body.metadata:
-            merge(session.metadata, body.metadata)
-            changed["metadata"] = dict(session.metadata)
         if changed:
             session.updated_at = now
             session.emit("session.updated", now, **changed)
