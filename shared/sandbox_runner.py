@@ -82,10 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(job_file: Path | None) -> tuple[int, str]:
+    descent = runner_process.OomDescent.open()  # before hiding, which closes this file to ourselves
     try:
         runner_process.hide()
     except OSError as error:
         return EXIT_CANNOT_RUN, f"the runner cannot be hidden from the agent's shell: {error.strerror}"
+    descent.install()
     runner_process.adopt_orphans()
     runner_process.hear_signals()
     stdin = None if job_file or sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,7 @@ async def test_a_lost_lease_ends_the_whole_tree(emulator: Emulator, start: Start
 
 BLOCKING = '''
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from anthropic.lib.tools import beta_tool
 
@@ -176,6 +179,7 @@ async def test_a_thread_that_blocks_does_not_keep_the_process(emulator: Emulator
 
 LOADING = """
 import time
+from collections.abc import Iterator
 from pathlib import Path
 Path({directory!r}, "loading").write_text("1")
 while not Path({directory!r}, "loaded").exists():
@@ -341,3 +345,64 @@ async def test_a_command_that_took_too_long_leaves_nothing_behind_and_earlier_se
     assert not is_alive(left)
     below = set(runner_process.descendants(runner.process.pid))
     assert below == {server, worker}  # the server of the first call, and the worker that it began during the second
+
+
+def score(pid: int | str) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+async def test_commands_die_of_memory_before_the_runner(emulator: Emulator, open_directory: Path) -> None:
+    """As an ordinary user, for whom hiding closes the file of his own score."""
+    session_id = emulator.create_session()
+    ask = "echo $PPID > ../home/runner; cat /proc/self/oom_score_adj; sh -c 'cat /proc/self/oom_score_adj'"
+    emulator.set_script(session_id, [call("bash", command=ask), repeat_output, end()])
+    emulator.say(session_id, "go")
+    async with runners(open_directory) as start:
+        runner = await start(
+            await job_values(emulator, emulator.url, SANDBOX_MAX_IDLE_SECONDS="60"), prefix=unprivileged()
+        )
+        await until(emulator, lambda: texts(emulator, session_id))
+        own = score(runner.process.pid)
+        assert texts(emulator, session_id) == [f"{own + 500}\n{own + 500}"]
+        (shell,) = (pid for pid in runner_process.descendants(runner.process.pid) if score(pid) == own + 500)
+        assert score(int((open_directory / "home" / "runner").read_text())) == own
+        assert is_alive(shell)
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A control group with 300 MB of memory, where the machine lets us make one: version 1, or 2."""
+    for parent, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(parent, f"runner-test-{os.getpid()}")
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        if (group / limit).exists():
+            break
+        group.rmdir()
+    else:
+        pytest.xfail("no memory control group can be made here")
+    (group / limit).write_text(str(300 * 1024 * 1024))
+    yield group
+    deadline = time.monotonic() + 20
+    while (left := (group / "cgroup.procs").read_text().split()) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.05)
+    group.rmdir()
+
+
+async def test_many_small_hogs_are_killed_and_the_runner_goes_on(
+    emulator: Emulator, start: Start, tmp_path: Path, small_memory: Path
+) -> None:
+    """Each is smaller than the runner, which the kernel would take first by size alone."""
+    hog = "python3 -c 'x = bytearray(30_000_000); import time; time.sleep(3)' &"
+    session_id = emulator.create_session()
+    emulator.set_script(session_id, [call("bash", command=f"{hog * 14} wait; echo over"), repeat_output, end()])
+    emulator.say(session_id, "go")
+    in_group = ("sh", "-c", f'echo $$ > {small_memory}/cgroup.procs && exec "$@"', "sh")
+    runner = await start(await job_values(emulator, emulator.url), prefix=in_group)
+    assert (await runner.exit())[0] == EXIT_OK
+    assert len(texts(emulator, session_id)) == 1

@@ -2,12 +2,18 @@
 
 The agent's shell runs as the same user as the runner. A non-dumpable process keeps its memory, environment and open
 files from its own uid; only root can still look, which is why an image of ours runs the runner as an ordinary user.
+Until `hide` there is a window, the start of the interpreter: a process of the agent's that was there before us can open
+our files in it. A runner that follows another in a sandbox kills nothing at its start, so an image that must close the
+window starts it as another user, or by a parent that is not dumpable already. The job itself is read after `hide`.
+
 Being a child subreaper keeps every process of the agent, also one that left its group and session, below us where we
 find it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -20,6 +26,7 @@ _PR_SET_DUMPABLE = 4
 _PR_GET_DUMPABLE = 3
 _PR_SET_CHILD_SUBREAPER = 36
 _LINUX = sys.platform == "linux"
+_OOM_STEP, _OOM_MOST = 500, 1000
 _KILL_ROUNDS = 50  # a process can fork while we look; each round kills what it sees
 
 
@@ -37,6 +44,43 @@ def hide() -> bool:
 def hear_signals() -> None:
     """Unblocks the signals that end a runner: a process inherits what its starter had blocked, and would be deaf."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+
+
+class OomDescent:
+    """When memory runs out, the kernel kills what the agent started before the runner: who is started gets a higher
+    score. A child has its parent's at the fork, and nobody may lower a score below where root has put it; so ours goes
+    up just before each start, and down again on the event loop's next turn. A start from a thread may miss it."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+        self._own = b"0" if descriptor is None else os.pread(descriptor, 16, 0).strip()
+
+    @classmethod
+    def open(cls) -> OomDescent:
+        try:
+            return cls(os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC))
+        except OSError:
+            return cls(None)  # no such thing here, or not ours to set
+
+    def install(self) -> None:
+        """From now on, for as long as the process lives."""
+        if self._descriptor is not None:
+            sys.addaudithook(self._on_event)
+
+    def _on_event(self, event: str, arguments: tuple[object, ...]) -> None:
+        if event != "subprocess.Popen":
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        self._write(str(min(int(self._own) + _OOM_STEP, _OOM_MOST)).encode())
+        loop.call_soon(self._write, self._own)
+
+    def _write(self, score: bytes) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._descriptor, score, 0)
 
 
 def adopt_orphans() -> None:
