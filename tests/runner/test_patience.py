@@ -77,17 +77,19 @@ async def test_neither_a_call_nor_a_thought_counts_as_waiting(
 
 
 async def test_a_call_that_outlives_its_turn_is_not_cut_off(
-    emulator: Emulator, session_id: str, tmp_path: Path
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
-    slow = call("bash", command="echo 1 > begun; sleep 1; echo slow")
+    slow = call("bash", command="echo 1 > begun; sleep 2.5; echo slow")
     emulator.set_script(session_id, [slow, say("never"), end()])
     emulator.say(session_id, "go")
-    runner = await waiting(emulator, emulator.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="0.5")
+    patient = {"SANDBOX_MAX_IDLE_SECONDS": "60"}
+    runner = await waiting(emulator, proxy.url, tmp_path, teardown_seconds=0.1, **patient)
     running = runner.start()
     await wait_file(tmp_path / "workspace" / "begun")
     emulator.send(session_id, {"type": "user.interrupt"})
-    await running
+    assert await running == NOBODY
     assert results(emulator, session_id) == ["slow"]
+    assert proxy.count("stream") == 1  # nobody tried to leave before
 
 
 async def test_a_verdict_before_the_stop_is_served_under_the_same_lease(
