@@ -193,6 +193,14 @@ def send_request(rng: random.Random, made: Hostile) -> None:
         made.pieces.insert(0, b"")
 
 
+def decoded(signature: str) -> bytes:
+    """Base64 may hold what is no base64, by its standard; the bytes it says are what counts."""
+    try:
+        return base64.b64decode(signature)
+    except ValueError:
+        return b""
+
+
 def may_wake(request: Hostile) -> bool:
     """Whether one of our keys really signed this, written down a second time and without the library."""
     headers = request.headers
@@ -202,8 +210,8 @@ def may_wake(request: Hostile) -> bool:
         given = [part[3:] for part in headers["webhook-signature"].split(" ") if part.startswith("v1,")]
     except (KeyError, ValueError, OverflowError):
         return False
-    expected = {base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode() for key in KEYS}
-    is_signed = any(signature.startswith(right.rstrip("=")) for signature in given for right in expected)
+    expected = {hmac.new(key, signed, hashlib.sha256).digest() for key in KEYS}
+    is_signed = not expected.isdisjoint(map(decoded, given))
     is_fresh = abs(time.time() - timestamp) <= 300
     return request.method == "POST" and len(request.body) <= MAX_BODY_BYTES and is_signed and is_fresh
 
