@@ -109,6 +109,7 @@ def main() -> int:
         host = Host.from_env(os.environ)
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         listener = socket.create_server((options.host, options.port), family=family)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except (SandboxesError, OSError) as error:
         _log.error(log.line("settings", reason=str(error)))
         return 2

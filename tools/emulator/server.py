@@ -40,6 +40,7 @@ class Server(uvicorn.Server):
         self._leave = asyncio.Event()
         # Bound before the thread starts: the port is known at once, and one that is taken fails in the caller.
         self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # an answer waits for no earlier one's ack
         self._thread = threading.Thread(target=self.run, args=([self._socket],), name="emulator", daemon=True)
         address = f"[{host}]" if ":" in host else host
         self.url = f"http://{address}:{self._socket.getsockname()[1]}"
