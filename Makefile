@@ -16,7 +16,7 @@ ifneq ($(shell test -n "$$HOME" && test -w "$$HOME" && echo yes),yes)
 export UV_CACHE_DIR ?= $(CURDIR)/.tools/uv-cache
 endif
 
-.PHONY: help demo test test-emulator test-shared test-providers fuzz check sync clean
+.PHONY: help demo test test-emulator test-shared test-providers faults fuzz check sync clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ test-shared: $(VENV) ## The shared core's tests only
 
 test-providers: $(VENV) ## The providers' tests only
 	@$(PYTEST) $(PARALLEL) tests/providers $(ARGS)
+
+faults: $(VENV) ## Random fault schedules against the core (N=1000 SEED=0); the first that fails is shrunk
+	@$(PYTHON) -m tests.faults --n $(or $(N),1000) --seed $(or $(SEED),0) $(ARGS)
 
 fuzz: $(VENV) ## 100,000 hostile requests against the webhook handler
 	@FUZZ_REQUESTS=100000 $(PYTEST) tests/shared/test_handler_hostile.py $(ARGS)

@@ -36,6 +36,7 @@ class Run:
     output: asyncio.Queue[bytes | None] = field(default_factory=asyncio.Queue)
     exit: tuple[int, str] | None = None
     exited_at: float = 0.0
+    is_ready: bool = False
 
     @property
     def is_alive(self) -> bool:

@@ -19,6 +19,7 @@ from tests.faults.steps import Webhooks as WebhookTrouble
 from tests.faults.wire import BASE_URL, Network, client_for
 
 MAX_IDLE_SECONDS = 15.0
+MAX_WAIT_SECONDS = 150.0
 RETENTION_SECONDS = 600.0
 _STAGGER_SECONDS = 11.0
 _BACKOFF_SECONDS = (7.0, 30.0)
@@ -84,6 +85,7 @@ class Hosts:
             environment_key=self._plane.environment_key,
             base_url=BASE_URL,
             max_idle_seconds=MAX_IDLE_SECONDS,
+            max_wait_seconds=MAX_WAIT_SECONDS,
             retention_seconds=RETENTION_SECONDS,
             tools=runners.TOOLS,
         )

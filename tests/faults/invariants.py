@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.faults.play import World
     from tests.faults.runners import Execution
 
+LOOK_SECONDS = 25.0  # from a runner's last look at the log to its stop: a fence of a heartbeat, two slow answers
 KILL_SECONDS = 7.0  # P3 and R5: what a resumed runner still runs ends within a look of 1 s and a kill of 5 s
 _OWNED = ("bash", "read", "write", "edit", "glob", "grep")
 
@@ -28,10 +29,13 @@ class Stop:
     """A stop that a server granted: whose, and what it ended."""
 
     at: float
+    asked_at: float
     by: Process
     session_id: str
     state_before: str
     had_work: bool
+    looked: tuple[float, bool]
+    """When its runner last read the event log before it asked for the stop, and whether there was work then."""
     holder: Process | None
     was_leaving: bool
 
@@ -39,6 +43,7 @@ class Stop:
 def watch(world: World) -> None:
     """Records, at the server, what no log shows afterwards."""
     before: dict[int, tuple[str, bool]] = {}
+    looks: dict[Process, list[tuple[float, bool]]] = {}
 
     def asked(request: Asked) -> None:
         world.asked.append(request)
@@ -53,6 +58,9 @@ def watch(world: World) -> None:
             if item is not None and "NO_HEARTBEAT" in request.query and json.loads(request.answer)["lease_extended"]:
                 world.runners.holders[item.session_id] = request.process
                 world.log(f"{request.process.name} claims {name_of(world, item.session_id)}")
+        if request.operation == "events.list":
+            look = (world.loop.time(), world.plane.has_work(request.path.split("/")[3]))
+            looks.setdefault(request.process, []).append(look)
         if request.operation == "work.stop" and request.status in (200, 204):
             item = world.plane.item_by_id(request.path.split("/")[-2])
             if item is not None:
@@ -60,9 +68,10 @@ def watch(world: World) -> None:
                 run = world.runners.by_process.get(request.process)
                 leaving = run is not None and run.process.was_told_to_leave
                 holder = world.runners.holders.get(item.session_id)
-                world.stops.append(
-                    Stop(world.loop.time(), request.process, item.session_id, state, had_work, holder, leaving)
-                )
+                earlier = [look for look in looks.get(request.process, []) if look[0] <= request.at]
+                looked = earlier[-1] if earlier else (0.0, True)
+                by, at = request.process, world.loop.time()
+                world.stops.append(Stop(at, request.at, by, item.session_id, state, had_work, looked, holder, leaving))
                 world.log(f"{request.process.name} stops {name_of(world, item.session_id)} ({state}, work={had_work})")
 
     def launched(launch: Launch) -> None:
@@ -102,6 +111,7 @@ def check(world: World) -> list[str]:
         *(f"crashed: {text}" for text in (*world.runners.crashes, *world.hosts.crashes, *world.network.crashes)),
         *(f"bug: {text}" for text in dict.fromkeys(world.bugs)),
         *(f"planted: {text}" for text in dict.fromkeys(world.planted)),
+        *(f"crowd: {text}" for text in world.runners.crowds),
         *_executions(world),
         *_acks(world),
         *_stops(world),
@@ -120,22 +130,16 @@ def _ends(world: World) -> Iterable[str]:
         if world.plane.has_work(session_id):
             waits = session.pending_ids() or "its next turn"
             yield f"lost: session {index} is not over: {session.status}, waits for {waits}, its item is {state}"
-        elif not _is_untouched(session.log):
+        else:
             yield f"endless: session {index} is over and its item is {state}"
     for box in world.cloud.everything:
-        session = world.plane.truth(box.session_id)
-        if box.alive() and (session is None or not _is_untouched(session.log)):
+        if box.alive():
             yield f"endless: {box.alive()[0].process.name} of {name_of(world, box.session_id)} never ends"
     owners = set(world.cloud.store.values())
     loses = any(isinstance(step, steps.LoseStore) for step in world.schedule.steps)
     for box in world.cloud.boxes.values():
         if not loses and box.id not in owners:
             yield f"ownerless: {box.id} belongs to no session"
-
-
-def _is_untouched(log: list[dict[str, Any]]) -> bool:
-    """A session without a first message has no turn, and the SDK's runner waits for it as long as it takes."""
-    return not any(event["type"] in ("user.message", "session.status_idle") for event in log)
 
 
 def _executions(world: World) -> Iterable[str]:
@@ -186,7 +190,10 @@ def _stops(world: World) -> Iterable[str]:
         if stop.holder is not stop.by and not is_operators:
             yield f"blind: at {stop.at:.1f} {stop.by.name} stopped {name}, whose lease it does not hold"
         is_host = stop.by.name.startswith("dispatcher")
-        if stop.had_work and not (is_operators or stop.was_leaving or is_host):
+        looked_at, saw_work = stop.looked
+        # What comes after the last look, nobody can see: a stop is unfenced.
+        has_looked = stop.asked_at - looked_at < LOOK_SECONDS and not saw_work
+        if stop.had_work and not (has_looked or is_operators or stop.was_leaving or is_host):
             yield f"unguarded: at {stop.at:.1f} {stop.by.name} stopped {name} while it has work"
 
 

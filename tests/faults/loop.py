@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import contextvars
 import heapq
+import inspect
 import itertools
 import os
 import threading
@@ -69,7 +70,9 @@ class Process:
                 callback()
 
     def signal(self, number: int) -> None:
-        if number in self.signals and not self.is_dead:
+        if number not in self.signals:
+            self.die()  # as a process does that has not come to say what it wants of signals
+        elif not self.is_dead:
             self.was_told_to_leave = True
             handler, arguments = self.signals[number]
             self._loop.call_soon(handler, *arguments, context=self.context)
@@ -104,7 +107,9 @@ class Process:
             if not alive:
                 break
             for task in alive:
-                task.cancel()
+                # One that was never begun is first begun, or its coroutine would be one that nobody awaited.
+                if inspect.getcoroutinestate(task.get_coro()) != inspect.CORO_CREATED:  # type: ignore[arg-type]
+                    task.cancel()
             await asyncio.wait(alive, timeout=5.0)
         for task in self.tasks:
             if task.done() and not task.cancelled():

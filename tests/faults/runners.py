@@ -49,6 +49,7 @@ class Runners:
     def __init__(self, loop: VirtualLoop, network: Network, cloud: Cloud) -> None:
         self.executions: list[Execution] = []
         self.crashes: list[str] = []
+        self.crowds: list[str] = []
         self.by_process: dict[Process, Run] = {}
         self.holders: dict[str, Process] = {}
         """By session: whose claim the server has recorded last."""
@@ -96,6 +97,10 @@ class Runners:
         run = self.by_process[process]
         if not process.is_dead:
             run.emit(event, **values)
+            if event == "ready":
+                run.is_ready = True
+                others = [other.process.name for other in run.box.alive() if other.is_ready and other is not run]
+                self.crowds += [f"{process.name} is ready in {run.box.id}, where {name} works" for name in others]
 
     def workdir(self) -> Path:
         return self.by_process[current_process()].box.directory / "workspace"

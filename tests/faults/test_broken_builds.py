@@ -1,0 +1,154 @@
+"""The suite is itself tested: builds with a known mistake are caught, and by the invariant that is there for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import anthropic
+import pytest
+from anthropic import AsyncAnthropic
+
+from shared import runner_session, sandbox_runner
+from shared.dispatcher import Dispatcher
+from shared.healing import Healer
+from shared.jobs import Job
+from shared.runner_lease import LeaseMiddleware
+from shared.runner_lock import Lock
+from tests.faults.generate import generate
+from tests.faults.play import label, play
+
+SEEDS = 150  # a mistake that takes more schedules to show counts as not caught
+Build = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as patches:
+        for target, name, value in replacements:
+            patches.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+async def _ack(api: AsyncAnthropic, work_id: str, environment_id: str) -> None:
+    with contextlib.suppress(anthropic.APIError):
+        await api.beta.environments.work.ack(work_id, environment_id=environment_id)
+
+
+def early_ack() -> contextlib.AbstractContextManager[None]:
+    """The dispatcher acks what it has polled, and then launches."""
+    launch = Dispatcher._launch
+
+    async def acked(self: Dispatcher, item: Any) -> None:
+        await _ack(self._client, item.id, item.environment_id)
+        await launch(self, item)
+
+    return _replaced((Dispatcher, "_launch", acked))
+
+
+def tools_before_claim() -> contextlib.AbstractContextManager[None]:
+    """The runner takes an ack for a claim; the SDK sends its first heartbeat beside the tools."""
+
+    async def unclaimed(api: AsyncAnthropic, job: Any, lease: Any, **_options: Any) -> None:
+        await _ack(api, job.work_id, job.environment_id)
+
+    return _replaced((runner_session, "ack_and_claim", unclaimed))
+
+
+def no_lock() -> contextlib.AbstractContextManager[None]:
+    """Every newcomer believes that it is alone in its sandbox, and that an item handed out to it is its own."""
+
+    async def always(_job: Any, lock: Lock) -> bool:
+        lock.try_take()
+        return True
+
+    return _replaced((sandbox_runner, "_take", always))
+
+
+def unguarded_stop() -> contextlib.AbstractContextManager[None]:
+    """The SDK's stop goes through, whatever the session waits for."""
+
+    async def let_through(self: LeaseMiddleware, request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        self.stopped = response.status_code in (200, 204, 409)
+        return response
+
+    return _replaced((LeaseMiddleware, "_stop", let_through))
+
+
+def heal_by_interrupt() -> contextlib.AbstractContextManager[None]:
+    """A strand is ended with an interrupt, so that the agent never learns what was lost."""
+
+    async def interrupt(self: Healer, item: Any) -> bool:
+        if not await self._awaited(item.data.id):
+            return False
+        await self._client.beta.sessions.events.send(item.data.id, events=[{"type": "user.interrupt"}])
+        return True
+
+    return _replaced((Healer, "_heal", interrupt))
+
+
+def planted_key() -> contextlib.AbstractContextManager[None]:
+    """The job brings the environment key along."""
+    from_item, to_stdin = Job.from_item, Job.to_stdin
+    keys: dict[str, str] = {}
+
+    def remembered(item: Any, settings: Any) -> Job:
+        job = from_item(item, settings)
+        keys[job.session_id] = settings.environment_key
+        return job
+
+    def with_key(self: Job) -> bytes:
+        return to_stdin(self)[:-1] + f', "EXTRA": "{keys[self.session_id]}"}}'.encode()
+
+    return _replaced((Job, "from_item", remembered), (Job, "to_stdin", with_key))
+
+
+def no_healing() -> contextlib.AbstractContextManager[None]:
+    """The sweep drains and cleans up, and heals nothing."""
+
+    async def nothing(self: Healer, items: Any) -> int:
+        return 0
+
+    return _replaced((Healer, "heal", nothing))
+
+
+def webhooks_only() -> contextlib.AbstractContextManager[None]:
+    """Nothing sweeps: what a webhook does not tell is not known."""
+
+    async def nothing(self: Dispatcher) -> None:
+        return
+
+    return _replaced((Dispatcher, "sweep", nothing))
+
+
+def no_journal() -> contextlib.AbstractContextManager[None]:
+    """What a runner before this one has begun is forgotten."""
+    from shared.runner_journal import Journal
+
+    return _replaced((Journal, "_read", lambda self: []))
+
+
+BUILDS: dict[Build, set[str]] = {
+    early_ack: {"early ack"},
+    tools_before_claim: {"loser"},
+    no_lock: {"crowd"},
+    unguarded_stop: {"unguarded", "blind"},
+    heal_by_interrupt: {"interrupt"},
+    planted_key: {"planted"},
+    no_healing: {"lost"},
+    webhooks_only: {"lost", "slow"},
+    no_journal: {"twice"},
+}
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
+def test_a_broken_build_is_caught(build: Build) -> None:
+    labels: set[str] = set()
+    for seed in range(SEEDS):
+        labels |= {label(violation) for violation in play(generate(seed), breakage=build).violations}
+        if labels & BUILDS[build]:
+            return
+    pytest.fail(f"{SEEDS} schedules broke {labels or 'nothing'}")
