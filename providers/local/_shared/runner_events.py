@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from anthropic import AsyncAnthropic, NotFoundError
+from anthropic import APIConnectionError, AsyncAnthropic, NotFoundError
 
 from . import runner_clock
 
@@ -51,6 +51,8 @@ class EventLog:
         self.answered: set[str] = set()
         self.is_read = False
         """It has been read to its end once."""
+        self.readings = 0
+        """How often the SDK's worker has read it to its end."""
         self.turn: Literal["none", "running", "requires_action", "ended"] = "none"
         self._awaited: frozenset[str] = frozenset()
         self._held: dict[str, Call] = {}
@@ -176,11 +178,16 @@ async def turn_is_over(api: AsyncAnthropic, session_id: str, settled: Collection
 
 
 class HeardStream:
-    """The SDK's event stream, of which every event is noted before the SDK's worker gets it."""
+    """The SDK's event stream, of which every event is noted before the SDK's worker gets it.
+
+    The SDK opens a stream, lists what came before, and reads on. When that list fails it reads on all the same, and
+    would never see a call made before: such a stream breaks, so that it connects, and lists, again.
+    """
 
     def __init__(self, stream: Any, log: EventLog) -> None:
         self._stream = stream
         self._log = log
+        self._readings_before = log.readings
 
     async def __aenter__(self) -> HeardStream:
         await self._stream.__aenter__()
@@ -193,6 +200,8 @@ class HeardStream:
         return self
 
     async def __anext__(self) -> Any:
+        if self._log.readings == self._readings_before:
+            raise APIConnectionError(message="the event log was not read", request=self._stream.response.request)
         event = await self._stream.__anext__()
         self._log.note(event)
         return event

@@ -149,7 +149,8 @@ class LeaseMiddleware(Middleware):
         )
 
     async def _stop(self, request: APIRequest, call_next: CallNext) -> Any:
-        if not await self._may_stop():
+        # The SDK's client repeats a stop that met a 409; by then the item may be queued again, for somebody else.
+        if self.stopped or not await self._may_stop():
             return BetaSelfHostedWork.model_construct()
         response = await call_next(request)
         self.stopped = response.status_code in (200, 204, 409)
@@ -161,7 +162,9 @@ class LeaseMiddleware(Middleware):
             return HeardStream(heard, self._log)
         for event in heard.data:
             self._log.note(event)
-        self._log.is_read |= not heard.has_next_page()
+        if not heard.has_next_page():
+            self._log.is_read = True
+            self._log.readings += 1
         heard.data = [event for event in heard.data if not self._log.is_settled(event)]
         return heard
 
