@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import anthropic
 from anthropic import AsyncAnthropic
@@ -273,7 +273,7 @@ class Dispatcher:
         """Keeps the sandboxes of working runners alive. `acquire` is not used: it would make what is gone."""
         serving = {item.data.id for item in items if item.state == "active"}
         working = [info for info in sandboxes if info.running and info.session_id in serving]
-        await _all(self._seam("renew", info, self._provider.renew(info.sandbox_id, RENEW_SECONDS)) for info in working)
+        await _all(self._seam("renew", info, self._provider.renew, RENEW_SECONDS) for info in working)
 
     async def _clean_up(self, items: list[BetaSelfHostedWork], sandboxes: list[SandboxInfo]) -> None:
         """Deletes what nobody has used for SANDBOX_RETENTION_SECONDS, and nobody is about to."""
@@ -284,14 +284,16 @@ class Dispatcher:
         await _all(self._release(info) for info in unwanted)
 
     async def _release(self, info: SandboxInfo) -> None:
-        if await self._seam("release", info, self._provider.release(info.sandbox_id)):
+        if await self._seam("release", info, self._provider.release):
             _log.info(log.line("released", session=info.session_id, sandbox=info.sandbox_id))
 
-    async def _seam(self, action: str, info: SandboxInfo, call: Awaitable[None]) -> bool:
+    async def _seam(
+        self, action: str, info: SandboxInfo, call: Callable[..., Awaitable[None]], *arguments: float
+    ) -> bool:
         """One sandbox's trouble is not the sweep's."""
         try:
             async with asyncio.timeout(self._call_seconds):
-                await call
+                await call(info.sandbox_id, *arguments)
         except (LaunchFailed, TimeoutError) as error:
             names = {"provider": self._provider.name, "session": info.session_id, "sandbox": info.sandbox_id}
             _log.warning(log.line(action, **names, error=error, reason=_reason(error)))
