@@ -13,29 +13,22 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import anthropic
 from anthropic import AsyncAnthropic
 from anthropic.types.beta.environments import BetaSelfHostedWork
 
 from . import log
-from .errors import JobRefused, LaunchFailed
+from .fleet import CALL_SECONDS, Fleet
 from .healing import Healer
-from .jobs import Job
-from .provider import Launch, Provider, SandboxInfo
+from .launching import LAUNCH_SECONDS, RETRY_PAUSES, Launcher, pause_after
+from .provider import Provider
 from .settings import Settings
 
 RECLAIM_SECONDS = 120.0
-LAUNCH_SECONDS = 90.0  # from hand-out; below RECLAIM_SECONDS, so that an item is never launched twice at once
 DRAIN_SECONDS = 240.0  # one drain polls no longer than this; the next signal or sweep goes on
-CALL_SECONDS = 30.0  # for one call of a provider that is no launch: a list, a renewal, a release
 POLL_ATTEMPTS = 3
-RETRY_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # between two attempts of a poll or a launch; the last one repeats
-LIVE_REFRESH_SECONDS = 15.0  # how long a count of running sandboxes is trusted
-RENEW_SECONDS = 300.0  # what a sweep asks for while a runner works; several sweeps' worth
-RELEASES_PER_SWEEP = 100
-_HEALTHCHECKS = ("healthcheck", "health_check")
 
 _log = logging.getLogger(__name__)
 
@@ -62,17 +55,14 @@ class Dispatcher:
         self._settings = settings
         self._provider = provider
         self._healer = Healer(client, settings)
+        self._fleet = Fleet(provider, settings, call_seconds=call_seconds)
+        self._launcher = Launcher(client, settings, provider, launch_seconds=launch_seconds, retry_pauses=retry_pauses)
         self._worker_id = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"  # one a process, as the API documents it
-        self._launch_seconds = launch_seconds
-        self._call_seconds = call_seconds
         self._retry_pauses = retry_pauses
         self._slots = asyncio.Semaphore(settings.launch_concurrency)
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
         self._launches: dict[str, asyncio.Task[None]] = {}  # by session: one at a time for each
-        self._live: set[str] = set()  # sessions whose sandbox runs, as last listed, and those launched since
-        self._listed_at = float("-inf")
-        self._is_full = False
         self._closing = False
 
     def wake(self, _event: object = None) -> None:
@@ -98,13 +88,13 @@ class Dispatcher:
         """What must happen even when no webhook ever arrives (P1): drain, heal, renew, clean up. Run it each minute."""
         began = time.monotonic()
         await self.drain()
-        items, sandboxes = await self._healer.list_work(), await self._list_sandboxes()
+        items, sandboxes = await self._healer.list_work(), await self._fleet.list()
         if items is not None:
-            await self._renew(items, sandboxes or [])
+            await self._fleet.renew(items, sandboxes or [])
             if await self._healer.heal(items):
                 await self.drain()
-            await self._clean_up(items, sandboxes or [])
-        _log.info(log.line("sweep", provider=self._provider.name, ms=_ms(began)))
+            await self._fleet.clean_up(items, sandboxes or [], self._launches.keys())
+        _log.info(log.line("sweep", provider=self._provider.name, ms=log.ms(began)))
 
     async def close(self, grace_seconds: float) -> None:
         """Claims nothing more, gives the poll and the launches under way `grace_seconds` to finish, then cancels them;
@@ -127,7 +117,7 @@ class Dispatcher:
     async def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
         while self._signalled and time.monotonic() < deadline:
-            if not await self._room():
+            if not await self._fleet.has_room(self._launches.keys()):
                 return
             await self._slots.acquire()  # before the poll, so that nothing waits reserved (P8)
             launched = False
@@ -147,7 +137,7 @@ class Dispatcher:
         work = self._client.with_options(max_retries=0).beta.environments.work
         for attempt in range(1, POLL_ATTEMPTS + 1):
             if attempt > 1:
-                await asyncio.sleep(self._pause_after(attempt - 1))
+                await asyncio.sleep(pause_after(attempt - 1, self._retry_pauses))
             try:
                 item = await work.poll(
                     self._settings.environment_id,
@@ -168,159 +158,26 @@ class Dispatcher:
                 return item if isinstance(item, BetaSelfHostedWork) and item.id else None
         return None
 
-    async def _room(self) -> bool:
-        """Whether one more sandbox may run (SANDBOX_MAX_LIVE). No, too, when the provider does not say."""
-        if time.monotonic() - self._listed_at > LIVE_REFRESH_SECONDS and await self._list_sandboxes() is None:
-            return False
-        live = len(self._live | self._launches.keys())
-        was_full, self._is_full = self._is_full, live >= self._settings.max_live
-        if self._is_full and not was_full:
-            reason = f"{live} sandboxes run and SANDBOX_MAX_LIVE is {self._settings.max_live}; work waits in the queue"
-            _log.warning(log.line("full", provider=self._provider.name, reason=reason))
-        return not self._is_full
-
     def _begin(self, item: BetaSelfHostedWork) -> bool:
         """Starts the launch of a reserved item. The slot is the launch's from here on."""
         session_id = str(getattr(item.data, "id", None) or item.id)
         if session_id in self._launches:
             return False  # handed out again while its launch is still under way here
-        task = asyncio.create_task(self._launch(item))
+        task = asyncio.create_task(self._launch(session_id, item))
         self._launches[session_id] = task
         task.add_done_callback(lambda _: self._end(session_id, item.id))
         return True
+
+    async def _launch(self, session_id: str, item: BetaSelfHostedWork) -> None:
+        if await self._launcher.launch(item):
+            self._fleet.add(session_id)
 
     def _end(self, session_id: str, work_id: str) -> None:
         self._slots.release()
         _log_if_failed(self._launches.pop(session_id), "launch_failed", session=session_id, work=work_id)
 
-    def _pause_after(self, attempt: int) -> float:
-        return self._retry_pauses[min(attempt, len(self._retry_pauses)) - 1]
-
-    # --- launch ------------------------------------------------------------------------------------------------------
-
-    async def _launch(self, item: BetaSelfHostedWork) -> None:
-        began = time.monotonic()
-        kind = getattr(item.data, "type", None)
-        if kind in _HEALTHCHECKS:
-            await self._stop_healthcheck(item)
-            return
-        try:
-            if kind != "session":
-                raise JobRefused("the item is no session")
-            job = Job.from_item(item, self._settings)
-        except JobRefused as error:
-            _log.error(log.line("refused", work=item.id, reason=error.args[0]))
-            return
-        try:
-            async with asyncio.timeout(self._launch_seconds) as budget:
-                await self._launch_until_started(job, began)
-        except TimeoutError:
-            if not budget.expired():
-                raise  # the provider's own, which it should have mapped
-            self._log_failure(job, began, "no runner was ready in time; the item stays queued")
-
-    async def _launch_until_started(self, job: Job, began: float) -> None:
-        launch = Launch(stdin=job.to_stdin())
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                sandbox = await self._provider.acquire(job.session_id)
-                started = await sandbox.start(launch)
-            except LaunchFailed as error:
-                self._log_failure(job, began, error.args[0], attempt=attempt)
-                if not error.retriable:
-                    return
-            else:
-                self._live.add(job.session_id)
-                outcome = "launched" if started.outcome == "ready" else "served_already"
-                _log.info(log.line(outcome, **self._names(job), sandbox=sandbox.id, attempt=attempt, ms=_ms(began)))
-                return
-            await asyncio.sleep(self._pause_after(attempt))
-
-    async def _stop_healthcheck(self, item: BetaSelfHostedWork) -> None:
-        """The queue also sends items to see that a worker answers. The SDK's worker stops them too."""
-        work = self._client.beta.environments.work
-        try:
-            await work.ack(item.id, environment_id=self._settings.environment_id)
-            await work.stop(item.id, environment_id=self._settings.environment_id, force=True)
-        except anthropic.APIError as error:
-            _log.warning(log.line("healthcheck", work=item.id, error=error))
-        else:
-            _log.info(log.line("healthcheck", work=item.id))
-
-    def _log_failure(self, job: Job, began: float, reason: str, attempt: int | None = None) -> None:
-        _log.warning(log.line("launch_failed", **self._names(job), attempt=attempt, ms=_ms(began), reason=reason))
-
-    def _names(self, job: Job) -> dict[str, str]:
-        return {"provider": self._provider.name, "session": job.session_id, "work": job.work_id}
-
-    # --- sweep -------------------------------------------------------------------------------------------------------
-
-    async def _list_sandboxes(self) -> list[SandboxInfo] | None:
-        """What the provider has. None when it does not say; the next sweep asks again."""
-        try:
-            async with asyncio.timeout(self._call_seconds):
-                infos = [info async for info in self._provider.sandboxes()]
-        except (LaunchFailed, TimeoutError) as error:
-            _log.warning(log.line("list", provider=self._provider.name, error=error, reason=_reason(error)))
-            return None
-        self._live = {info.session_id for info in infos if info.running}
-        self._listed_at = time.monotonic()
-        return infos
-
-    async def _renew(self, items: list[BetaSelfHostedWork], sandboxes: list[SandboxInfo]) -> None:
-        """Keeps the sandboxes of working runners alive. `acquire` is not used: it would make what is gone."""
-        serving = {item.data.id for item in items if item.state == "active"}
-        working = [info for info in sandboxes if info.running and info.session_id in serving]
-        await _all(self._seam("renew", info, self._provider.renew, RENEW_SECONDS) for info in working)
-
-    async def _clean_up(self, items: list[BetaSelfHostedWork], sandboxes: list[SandboxInfo]) -> None:
-        """Deletes what nobody has used for SANDBOX_RETENTION_SECONDS, and nobody is about to."""
-        oldest = time.time() - self._settings.retention_seconds
-        wanted = {item.data.id for item in items if item.state != "stopped"} | self._live | self._launches.keys()
-        stale = [info for info in sandboxes if not info.running and info.last_used_at < oldest]
-        unwanted = [info for info in stale if info.session_id not in wanted][:RELEASES_PER_SWEEP]
-        await _all(self._release(info) for info in unwanted)
-
-    async def _release(self, info: SandboxInfo) -> None:
-        if await self._seam("release", info, self._provider.release):
-            _log.info(log.line("released", session=info.session_id, sandbox=info.sandbox_id))
-
-    async def _seam(
-        self, action: str, info: SandboxInfo, call: Callable[..., Awaitable[None]], *arguments: float
-    ) -> bool:
-        """One sandbox's trouble is not the sweep's."""
-        try:
-            async with asyncio.timeout(self._call_seconds):
-                await call(info.sandbox_id, *arguments)
-        except (LaunchFailed, TimeoutError) as error:
-            names = {"provider": self._provider.name, "session": info.session_id, "sandbox": info.sandbox_id}
-            _log.warning(log.line(action, **names, error=error, reason=_reason(error)))
-            return False
-        return True
-
-
-async def _all(calls: Iterable[Awaitable[object]]) -> None:
-    """All of them, whatever becomes of one."""
-    for outcome in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(outcome, Exception):
-            _log_bug("sweep", outcome)
-
 
 def _log_if_failed(task: asyncio.Task[None], action: str, **names: str) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log_bug(action, error, **names)
-
-
-def _log_bug(action: str, error: BaseException, **names: str) -> None:
     """A vendor error that no table maps, or a mistake of ours: loudly, and it ends nothing but its own task."""
-    _log.error(log.line(action, **names, error=error), exc_info=error)
-
-
-def _reason(error: LaunchFailed | TimeoutError) -> str:
-    return str(error) if isinstance(error, LaunchFailed) else "no answer in time"
-
-
-def _ms(began: float) -> int:
-    return round((time.monotonic() - began) * 1000)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.bug(_log, action, error, **names)

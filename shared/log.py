@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+import time
 from typing import TextIO
 
 KEYS = ("action", "provider", "session", "work", "sandbox", "attempt", "ms", "error", "reason")
@@ -36,6 +37,16 @@ def line(action: str, **values: object) -> str:
         raise ValueError(f"unknown log keys: {', '.join(sorted(unknown))}")
     pairs = {"action": action, **values}
     return " ".join(f"{key}={_value(pairs[key])}" for key in KEYS if pairs.get(key) is not None)
+
+
+def bug(logger: logging.Logger, action: str, error: BaseException, **values: object) -> None:
+    """Logs an exception that nobody expected, with its traceback."""
+    logger.error(line(action, **values, error=error), exc_info=error)
+
+
+def ms(began: float) -> int:
+    """Milliseconds since `began`, a moment of `time.monotonic`."""
+    return round((time.monotonic() - began) * 1000)
 
 
 def _value(value: object) -> str:

@@ -15,6 +15,7 @@ from shared import runner_session, sandbox_runner
 from shared.dispatcher import Dispatcher
 from shared.healing import Healer
 from shared.jobs import Job
+from shared.launching import Launcher
 from shared.runner_lease import LeaseMiddleware
 from shared.runner_lock import Lock
 from tests.faults.generate import generate
@@ -39,13 +40,13 @@ async def _ack(api: AsyncAnthropic, work_id: str, environment_id: str) -> None:
 
 def early_ack() -> contextlib.AbstractContextManager[None]:
     """The dispatcher acks what it has polled, and then launches."""
-    launch = Dispatcher._launch
+    launch = Launcher.launch
 
-    async def acked(self: Dispatcher, item: Any) -> None:
+    async def acked(self: Launcher, item: Any) -> bool:
         await _ack(self._client, item.id, item.environment_id)
-        await launch(self, item)
+        return await launch(self, item)
 
-    return _replaced((Dispatcher, "_launch", acked))
+    return _replaced((Launcher, "launch", acked))
 
 
 def tools_before_claim() -> contextlib.AbstractContextManager[None]:

@@ -15,8 +15,9 @@ import httpx2
 import pytest
 from anthropic import AsyncAnthropic
 
-from shared.dispatcher import LAUNCH_SECONDS, Dispatcher, open_client
 from shared.dispatcher import RECLAIM_SECONDS as WINDOW
+from shared.dispatcher import Dispatcher, open_client
+from shared.launching import LAUNCH_SECONDS
 from shared.provider import SandboxInfo, Started
 from tests.shared.conftest import MakeDispatcher
 from tests.shared.support import (
