@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -42,13 +42,26 @@ class World:
         self._providers: list[Any] = []
         self._dispatchers: list[Any] = []
 
-    def host(self, *, provider: Any = None, options: dict[str, Any] | None = None, **settings: str) -> Host:
-        """A host process's worth: settings, a provider on the common root (or the given one) and a dispatcher."""
+    @property
+    def base_url(self) -> str:
+        """The API, as hosts and sandboxes reach it."""
+        return self.emulator.url
+
+    def host(
+        self,
+        *,
+        provider: Any = None,
+        options: dict[str, Any] | None = None,
+        timing: Mapping[str, Any] | None = None,
+        **settings: str,
+    ) -> Host:
+        """A host process's worth: settings, a provider on the common root (or the given one) and a dispatcher, which
+        `timing` gives other times than a real one has."""
         loaded = self.core.shared("settings").Settings.from_env(
             {
                 "ANTHROPIC_ENVIRONMENT_ID": self.emulator.environment_id,
                 "ANTHROPIC_ENVIRONMENT_KEY": self.emulator.environment_key,
-                "ANTHROPIC_BASE_URL": self.emulator.url,
+                "ANTHROPIC_BASE_URL": self.base_url,
                 "SANDBOX_MAX_IDLE_SECONDS": "1",
                 **settings,
             }
@@ -57,7 +70,9 @@ class World:
             provider = self._make_provider(self._root, loaded, **(options or {}))
             self._providers.append(provider)
         dispatching = self.core.shared("dispatcher")
-        dispatcher = dispatching.Dispatcher(client=dispatching.open_client(loaded), settings=loaded, provider=provider)
+        dispatcher = dispatching.Dispatcher(
+            client=dispatching.open_client(loaded), settings=loaded, provider=provider, **(timing or {})
+        )
         self._dispatchers.append(dispatcher)
         return Host(self.emulator, dispatcher, provider)
 

@@ -109,6 +109,10 @@ class MemoryProvider:
             raise ValueError(f"unknown fault {fault!r}: one of {', '.join(_FAULTS)}")
         self._faults += [fault] * times
 
+    def disarm(self) -> None:
+        """What was asked for and was not met does not happen any more."""
+        self._faults.clear()
+
     def fault(self, *kinds: str) -> None:
         """Raises if one of `kinds` was asked for."""
         for kind in kinds:
