@@ -70,7 +70,7 @@ def read_job(job_file: Path | None, stdin: IO[bytes] | None, environ: MutableMap
     if job_file is not None:
         raw = _read_and_remove(job_file)
     elif stdin is not None and not all(taken.get(name) for name in _NEEDED):
-        raw = stdin.read(MAX_JOB_BYTES + 1)
+        raw = _read_to_its_end(stdin)
     values = _parsed(raw) if raw.strip() else taken
     return parse_job({**defaults, **values} if isinstance(values, dict) else values)
 
@@ -119,6 +119,20 @@ def _parsed(raw: bytes) -> object:
         return json.loads(raw)
     except (ValueError, RecursionError):
         raise BadJob("the job is not valid JSON") from None
+
+
+def _read_to_its_end(stdin: IO[bytes]) -> bytes:
+    """One JSON object, whose end need not be the end of stdin: some starters can write to it and not close it."""
+    raw = b""
+    while len(raw) <= MAX_JOB_BYTES and (line := stdin.readline(MAX_JOB_BYTES + 1)):
+        raw += line
+        if line.rstrip().endswith(b"}"):
+            try:
+                json.loads(raw)
+            except (ValueError, RecursionError):
+                continue  # of an object in it
+            break
+    return raw
 
 
 def _read_and_remove(path: Path) -> bytes:

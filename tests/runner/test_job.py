@@ -38,6 +38,8 @@ class Untouchable(io.BytesIO):
     def read(self, *_: Any) -> bytes:
         raise AssertionError("stdin was read")
 
+    readline = read
+
 
 async def test_the_runner_takes_exactly_what_the_host_sends(emulator: Emulator) -> None:
     """The whole contract between `Job.to_stdin` and `read_job`."""
@@ -85,6 +87,16 @@ def test_what_the_image_sets_is_the_default_of_what_the_job_says() -> None:
     assert (job.tools, job.max_idle_seconds) == ("image:tools", 6)
     stale = {"ANTHROPIC_WORK_SECRET": secret_of({"sessions_token": "another"}), "ANTHROPIC_SESSION_ID": "another"}
     assert read_job(None, io.BytesIO(json.dumps(JOB).encode()), stale).token == TOKEN
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_stdin_may_stay_open_behind_the_job(indent: int | None) -> None:
+    """Some starters can write to a command's stdin and not close it."""
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stdin, open(writing, "wb") as starter:
+        starter.write(json.dumps({**JOB, "SANDBOX_TOOLS": "{}\n}"}, indent=indent).encode() + b"\n")
+        starter.flush()
+        assert read_job(None, stdin, {}).session_id == "sesn_1"
 
 
 def test_the_job_file_is_read_and_removed(tmp_path: Path) -> None:
