@@ -16,7 +16,7 @@ ifneq ($(shell test -n "$$HOME" && test -w "$$HOME" && echo yes),yes)
 export UV_CACHE_DIR ?= $(CURDIR)/.tools/uv-cache
 endif
 
-.PHONY: help demo test test-emulator test-shared test-providers faults fuzz check sync clean
+.PHONY: help demo test test-emulator test-shared test-providers faults fuzz bench check sync clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ faults: $(VENV) ## Random fault schedules against the core (N=1000 SEED=0); the 
 
 fuzz: $(VENV) ## 100,000 hostile requests against the webhook handler
 	@FUZZ_REQUESTS=100000 $(PYTEST) tests/shared/test_handler_hostile.py $(ARGS)
+
+bench: $(VENV) ## 2,000 sessions on the emulator (N=2000), with ratios that say what a session costs
+	@$(PYTHON) -m tools.bench --sessions $(or $(N),2000) $(ARGS)
 
 check: $(VENV) ## Lint, format, types (strict) and the vendored copies
 	@$(PYTHON) -m tools.check

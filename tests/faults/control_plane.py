@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +20,6 @@ class ControlPlane(Emulator):
     def __init__(self, switches: dict[str, Any]) -> None:
         super().__init__(switches=Switches(**switches), clock=Clock(datetime.fromtimestamp(EPOCH, UTC)))
         self.on_transition: Callable[[str, str], None] = lambda type_, session_id: None
-        self._engine._listeners = _Ordered()
         control = Control(self._engine, self._credentials, self._faults, self._shown, self.requests)
         self.app = application(control)
 
@@ -56,24 +55,3 @@ class ControlPlane(Emulator):
         self._credentials.add_environment_key(self.environment_key, self.environment_id)
         del self._credentials._known[old]
         return self.environment_key
-
-
-class _Ordered(set[asyncio.Event]):
-    """Wakes in the order of listening; a set of events has another order in every run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._order: dict[asyncio.Event, None] = {}
-
-    def add(self, event: asyncio.Event) -> None:
-        self._order[event] = None
-
-    def discard(self, event: object) -> None:
-        if isinstance(event, asyncio.Event):
-            self._order.pop(event, None)
-
-    def __iter__(self) -> Iterator[asyncio.Event]:
-        return iter(list(self._order))
-
-    def __len__(self) -> int:
-        return len(self._order)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ class Engine:
         self.world = World(switches, lease_ttl, notify, clock.now())
         self.is_closing = False
         self._changed = threading.Condition(threading.RLock())
-        self._listeners: set[asyncio.Event] = set()
+        self._listeners: dict[str | None, dict[asyncio.Event, None]] = {}  # woken in the order of listening
         self._loop: asyncio.AbstractEventLoop | None = None
         clock.on_jump(self._catch_up)
 
@@ -50,14 +50,19 @@ class Engine:
 
     def _catch_up(self) -> None:
         with self.transact():
-            self.ring()
+            self.ring(everybody=True)
 
-    def ring(self) -> None:
-        """Wake every waiter: the world, the clock or a record of it has changed."""
+    def ring(self, *, everybody: bool = False) -> None:
+        """Wake whoever listens to everything and to what has stirred: the world or a record of it has changed.
+
+        Everybody: the clock has jumped, or it is all over.
+        """
         with self._changed:
             self._changed.notify_all()
-            if self._loop is not None and self._listeners:
-                self._loop.call_soon_threadsafe(self._wake_listeners)
+            topics: list[str | None] = list(self._listeners) if everybody else [None, *self.world.stirred]
+            self.world.stirred.clear()
+            if self._loop is not None and any(topic in self._listeners for topic in topics):
+                self._loop.call_soon_threadsafe(self._wake, topics)
 
     # Waiting on a thread
 
@@ -80,21 +85,29 @@ class Engine:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(callback)
 
-    def _wake_listeners(self) -> None:
-        for event in self._listeners:
-            event.set()
+    def _wake(self, topics: Iterable[str | None]) -> None:
+        with self._changed:
+            for topic in topics:
+                for event in self._listeners.get(topic, ()):
+                    event.set()
 
     @contextlib.contextmanager
-    def listen(self) -> Iterator[asyncio.Event]:
-        """An event that every ring sets. Clear it before looking at the world, then wait."""
+    def listen(self, topic: str | None = None) -> Iterator[asyncio.Event]:
+        """An event that every ring sets. Clear it before looking at the world, then wait.
+
+        With a topic, the id of a session or of an environment, only what concerns its events or its queue sets it: a
+        thousand streams do not all look up at every request.
+        """
         event = asyncio.Event()
         with self._changed:
-            self._listeners.add(event)
+            self._listeners.setdefault(topic, {})[event] = None
         try:
             yield event
         finally:
             with self._changed:
-                self._listeners.discard(event)
+                del self._listeners[topic][event]
+                if not self._listeners[topic]:
+                    del self._listeners[topic]
 
     async def wait_for_instant(self, moment: datetime) -> None:
         """Return once the emulator's clock shows `moment`, or the emulator closes."""
@@ -119,7 +132,7 @@ class Engine:
     def close(self) -> None:
         """End every wait on the loop: streams finish and the server can stop."""
         self.is_closing = True
-        self.ring()
+        self.ring(everybody=True)
 
     def detach(self) -> None:
         """The loop is about to end: ring threads only."""

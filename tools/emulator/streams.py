@@ -14,14 +14,15 @@ KEEP_ALIVE_SECONDS = 15.0
 _PING = 'event: ping\ndata: {"type": "ping"}\n\n'
 
 
-def stream(engine: Engine, events: Sequence[dict[str, Any]]) -> Response:
+def stream(engine: Engine, session_id: str, events: Sequence[dict[str, Any]]) -> Response:
     """What is appended to `events` from now on; call it with the world locked, so that "now" is exact."""
     headers = {"cache-control": "no-cache"}
-    return StreamingResponse(_frames(engine, events, len(events)), media_type="text/event-stream", headers=headers)
+    frames = _frames(engine, session_id, events, len(events))
+    return StreamingResponse(frames, media_type="text/event-stream", headers=headers)
 
 
-async def _frames(engine: Engine, events: Sequence[dict[str, Any]], sent: int) -> AsyncIterator[str]:
-    with engine.listen() as changed:
+async def _frames(engine: Engine, session_id: str, events: Sequence[dict[str, Any]], sent: int) -> AsyncIterator[str]:
+    with engine.listen(session_id) as changed:
         while not engine.is_closing:
             changed.clear()
             with engine.transact():

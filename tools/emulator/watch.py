@@ -83,5 +83,5 @@ class Watch:
 def _is_idle(session: Session) -> bool:
     if session.turn is not None or session.inbox or session.status != "idle":
         return False
-    idles = [event for event in session.log if event["type"] == "session.status_idle"]
-    return bool(idles) and idles[-1]["stop_reason"]["type"] == "end_turn"
+    last = next((event for event in reversed(session.log) if event["type"] == "session.status_idle"), None)
+    return last is not None and last["stop_reason"]["type"] == "end_turn"

@@ -47,4 +47,5 @@ async def stream_events(call: Call) -> Response:
     """
     call.query(EventStreamQuery)
     with call.engine.transact():
-        return stream(call.engine, call.world.session(call.path["session_id"]).broadcast)
+        session = call.world.session(call.path["session_id"])
+        return stream(call.engine, session.id, session.broadcast)

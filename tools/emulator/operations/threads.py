@@ -54,7 +54,7 @@ async def stream_events(call: Call) -> Response:
     call.query(EventStreamQuery)
     with call.engine.transact():
         session, thread = _thread(call)
-        return stream(call.engine, thread.log if thread else session.broadcast)
+        return stream(call.engine, session.id, thread.log if thread else session.broadcast)
 
 
 def _thread(call: Call) -> tuple[Session, Thread | None]:

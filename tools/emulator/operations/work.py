@@ -26,7 +26,7 @@ async def poll(call: Call) -> Json | None:
         with call.engine.transact() as now:
             call.world.queue(environment_id).note_poll(call.worker_id, now)
             call.world.changes += 1
-    with call.engine.listen() as changed:
+    with call.engine.listen(environment_id) as changed:
         while True:
             changed.clear()
             with call.engine.transact() as now:

@@ -79,6 +79,8 @@ class Session:
     inbox: deque[Event] = field(default_factory=deque)
     broadcast: list[Event] = field(default_factory=list)
     """Everything a live stream has been sent: a message twice, first unprocessed."""
+    stirred: dict[str, None] = field(default_factory=dict)
+    """Where it leaves its id when there is something for its streams."""
     _last_stamp: datetime | None = None
 
     def thread(self, thread_id: str) -> Thread:
@@ -100,6 +102,7 @@ class Session:
             return self.emit(type_, now, **fields)
         event = {"id": new_id("sevt"), "type": type_, **fields, "processed_at": self._next_stamp(now)}
         thread.log.append(event)
+        self.stirred[self.id] = None
         if is_shown:
             self._write({**event, "session_thread_id": thread.id})
         return event
@@ -116,6 +119,7 @@ class Session:
     def _write(self, event: Event) -> None:
         self.log.append(event)
         self.broadcast.append(event)
+        self.stirred[self.id] = None
 
     def _next_stamp(self, now: datetime) -> str:
         self._last_stamp = max(now, self._last_stamp + TICK) if self._last_stamp else now
@@ -126,6 +130,7 @@ class Session:
         event = {**event, "processed_at": None}
         self.inbox.append(event)
         self.broadcast.append(event)
+        self.stirred[self.id] = None
         return event
 
     def pending_ids(self) -> list[str]:

@@ -15,6 +15,7 @@ from tools.emulator.agents import Call, Delegate, End, Error, Say, Sleep, ToolRe
 from tools.emulator.errors import Invalid
 from tools.emulator.switches import Switches
 
+from .agenda import Agenda
 from .narration import Narration, Notify, last_words
 from .sessions import Event, OpenCall, Session, Turn, text_of
 from .threads import Thread
@@ -29,6 +30,11 @@ class Turns:
     def __init__(self, notify: Notify, switches: Switches) -> None:
         self._tell = Narration(notify)
         self._switches = switches
+        self._sleepers: Agenda[Session] = Agenda(_resumes_at, lambda session: session.id)
+
+    def next_sleeper(self) -> tuple[datetime, Session] | None:
+        """The session whose scripted sleep is over next, and when."""
+        return self._sleepers.first()
 
     # Input
 
@@ -175,6 +181,7 @@ class Turns:
                 case Sleep(seconds):
                     self._tell.open_request(session, turn, now)
                     turn.resumes_at = now + timedelta(seconds=seconds)
+                    self._sleepers.note(session)
                     return
                 case Error(message):
                     self._fail(session, turn, message, now)
@@ -233,6 +240,10 @@ class Turns:
         self._tell.idle_thread(session, thread, stop_reason, now)
         content = [{"type": "text", "text": text}]
         turn.come_back(ToolResult(thread.id, thread.agent_name, content, stop_reason is RETRIES_EXHAUSTED))
+
+
+def _resumes_at(session: Session) -> datetime | None:
+    return session.turn.resumes_at if session.turn else None
 
 
 def _turn_of(session: Session) -> Turn:

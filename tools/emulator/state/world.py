@@ -56,31 +56,30 @@ class World:
         self.default_script: Sequence[Step] = ()
         self.changes = 0
         """Grows whenever something a client could see has changed."""
+        self.stirred: dict[str, None] = {}
+        """The ids of sessions with new events and of environments with work to hand out; whoever looks empties it."""
 
     # Time
 
     def next_due(self) -> datetime | None:
         """When `tick` has something to do next, if nothing else happens before."""
-        lapses = [at for at, _, _ in self._lapses()]
-        resumes = [session.turn.resumes_at for session in self._sleepers() if session.turn and session.turn.resumes_at]
-        return min([*lapses, *resumes], default=None)
+        moments = [at for at, _, _ in self._lapses()]
+        if (sleeper := self._turns.next_sleeper()) is not None:
+            moments.append(sleeper[0])
+        return min(moments, default=None)
 
     def tick(self, now: datetime) -> None:
         while (due := self.next_due()) is not None and due <= now:
             for at, queue, item in self._lapses():
                 if at == due:
                     queue.lapse(item, due)
-            for session in self._sleepers():
-                if session.turn is not None and session.turn.resumes_at == due:
-                    self._turns.resume(session, due)
+            if (sleeper := self._turns.next_sleeper()) is not None and sleeper[0] == due:
+                self._turns.resume(sleeper[1], due)
             self.changes += 1
 
     def _lapses(self) -> list[tuple[datetime, WorkQueue, WorkItem]]:
         queues = [environment.queue for environment in self.environments.values()]
         return [(lapse[0], queue, lapse[1]) for queue in queues if (lapse := queue.next_lapse())]
-
-    def _sleepers(self) -> list[Session]:
-        return [session for session in self.sessions.values() if session.turn is not None and session.turn.resumes_at]
 
     # Environments and agents
 
@@ -88,7 +87,7 @@ class World:
         self, body: EnvironmentCreateBody, now: datetime, environment_id: str | None = None
     ) -> Environment:
         environment_id = environment_id or new_id("env")
-        queue = WorkQueue(environment_id, self._switches, self._lease_ttl, self._started_at)
+        queue = WorkQueue(environment_id, self._switches, self._lease_ttl, self._started_at, self.stirred)
         environment = Environment(environment_id, body.name, now, now, queue, body.description, dict(body.metadata))
         self.environments[environment_id] = environment
         return environment
@@ -147,6 +146,7 @@ class World:
             metadata=dict(body.metadata),
             vault_ids=list(body.vault_ids),
             resources=resources,
+            stirred=self.stirred,
         )
         session.script.extend(self.default_script)
         self.sessions[session.id] = session
@@ -229,7 +229,7 @@ class World:
                 if call_id not in session.pending_ids() and call_id not in session.left_open:
                     return event | {"session_thread_id": None, "processed_at": stamp(now)}  # ignored, and not kept
                 self._turns.take_result(session, event | {"session_thread_id": None}, call_id, now)
-        return next(logged for logged in session.log if logged["id"] == event["id"])
+        return next(logged for logged in reversed(session.log) if logged["id"] == event["id"])
 
     def _queue_again(self, session: Session, inbound: Iterable[Inbound], now: datetime) -> None:
         answers_count = self._switches.result_on_stopped_item == "queues"
