@@ -1,7 +1,8 @@
-"""Logging: stdlib loggers, key=value with a fixed set of keys, and one formatter that takes secrets out.
+"""Logging: stdlib loggers, key=value with a fixed set of keys, and no secret in any of them (`runner_secrets`).
 
 A vendor's exception is logged by its type (`error=`), never by its text: the text can embed requests and tokens. One
-that no table maps is a bug, and is logged with its traceback, which the formatter redacts like everything else.
+that no table maps is a bug, and is logged with its traceback. Values are redacted where a line is made, whoever writes
+it then; everything else, tracebacks and other people's lines, by the formatter that `configure` installs.
 """
 
 from __future__ import annotations
@@ -13,22 +14,13 @@ import sys
 import time
 from typing import TextIO
 
+from .runner_secrets import RedactingFormatter, guard_output, redact
+
 KEYS = ("action", "provider", "session", "work", "sandbox", "attempt", "ms", "error", "reason")
 
 _PLAIN = re.compile(
     r"[!#-<>-~]+\Z"
 )  # printable ASCII without space, quote and equals sign: ends no line, moves no cursor
-_SECRETS = re.compile(
-    r"sk-ant-[\w.\-]+"  # API, environment and sessions keys
-    r"|whsec_[\w+/=\-]+"
-    r"|\beyJ[\w+/=\-]{20,}(?:\.[\w\-]+)*"  # base64 of a JSON object: a work item's secret, a JWT
-    r"|(?i:(?<=bearer )\S+)"
-)
-
-
-def redact(text: str) -> str:
-    """`text` without anything that has the shape of one of our credentials."""
-    return _SECRETS.sub("[redacted]", text)
 
 
 def line(action: str, **values: object) -> str:
@@ -50,19 +42,14 @@ def ms(began: float) -> int:
 
 
 def _value(value: object) -> str:
-    text = type(value).__name__ if isinstance(value, BaseException) else str(value)
+    text = type(value).__name__ if isinstance(value, BaseException) else redact(str(value))
     return text if _PLAIN.match(text) else json.dumps(text)
 
 
-class RedactingFormatter(logging.Formatter):
-    """Formats as usual, tracebacks included, then redacts the whole."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
 def configure(level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Sends every logger of the process through the redacting formatter. Called by entry points, never at import."""
+    """Sends every logger of the process, and what Python itself writes of a failure, through `redact`. Called by entry
+    points, never at import."""
+    guard_output()
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()

@@ -10,12 +10,13 @@ import asyncio
 from typing import Any
 
 import anthropic
-from anthropic import AsyncAnthropic
+from anthropic import AsyncAnthropic, Middleware
 from anthropic.types.beta.environments import BetaSelfHostedWorkHeartbeatResponse
 
 from .runner_job import RunnerJob
 from .runner_lease import NO_HEARTBEAT, REFUSED, UNDECIDED, Lease, lease_state, note_beat
 from .runner_lock import LeaseState
+from .runner_pages import RefusePages
 
 CALL_TIMEOUT_SECONDS = 10.0
 BEAT_SECONDS = 30.0  # the SDK's longest pause between two heartbeats
@@ -29,10 +30,11 @@ class NotOurs(Exception):
     """The item is another runner's, or not ours to serve. Nothing was run and nothing may be stopped."""
 
 
-def open_api(job: RunnerJob, **options: Any) -> AsyncAnthropic:
+def open_api(job: RunnerJob, *middleware: Middleware, **options: Any) -> AsyncAnthropic:
     """A client with this item's token. Without retries by default: for calls whose outcome we decide ourselves."""
     options = {"max_retries": 0, "timeout": CALL_TIMEOUT_SECONDS, **options}
-    return AsyncAnthropic(auth_token=job.token, base_url=job.base_url, **options)
+    chain = [*middleware, RefusePages()]
+    return AsyncAnthropic(auth_token=job.token, base_url=job.base_url, middleware=chain, **options)
 
 
 async def beat(api: AsyncAnthropic, job: RunnerJob, expected: str) -> BetaSelfHostedWorkHeartbeatResponse:

@@ -85,7 +85,7 @@ class Session:
         self._guard = Guard(self._lease, leaving, emit, kill, log=self._log, journal=self._journal, mark=mark)
         self._patience = Patience(self._log, self._guard, job.max_wait_seconds)
         self._middleware = LeaseMiddleware(self._lease, self._may_stop, self._log)
-        self._client = open_api(job, middleware=[self._middleware], max_retries=max_retries, timeout=60.0)
+        self._client = open_api(job, self._middleware, max_retries=max_retries, timeout=60.0)
         self._answers = Answers(self._api.with_options(max_retries=max_retries), job, emit)
 
     async def run(self, custom_tools: ToolFactory) -> Exit:

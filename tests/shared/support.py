@@ -17,6 +17,7 @@ from anthropic import AsyncAnthropic
 from shared.dispatcher import Dispatcher
 from shared.errors import LaunchFailed
 from shared.provider import Launch, SandboxInfo, Started
+from shared.runner_pages import RefusePages
 from shared.settings import Settings
 from tools.emulator import Emulator
 
@@ -171,7 +172,12 @@ class Detour(httpx2.AsyncBaseTransport):
 
     def client(self, emulator: Emulator) -> AsyncAnthropic:
         http_client = httpx2.AsyncClient(transport=self)
-        return AsyncAnthropic(auth_token=emulator.environment_key, base_url=emulator.url, http_client=http_client)
+        return AsyncAnthropic(
+            auth_token=emulator.environment_key,
+            base_url=emulator.url,
+            http_client=http_client,
+            middleware=[RefusePages()],
+        )
 
 
 def polls(emulator: Emulator) -> int:

@@ -402,7 +402,7 @@ async def test_a_burst_of_server_errors_is_outlived(
         (httpx2.Response(503), 3),
         (httpx2.Response(200, json={}), 1),
         (httpx2.Response(204), 1),
-        (httpx2.Response(200, text="<html>", headers={"content-type": "text/html"}), 1),
+        (httpx2.Response(200, text="<html>", headers={"content-type": "text/html"}), 3),
         (httpx2.Response(200, content=b"", headers={"content-type": "application/json"}), 3),
         (httpx2.Response(200, json=[1]), 1),
     ],

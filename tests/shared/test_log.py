@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from shared import log
+from shared.runner_secrets import redact
 
 SECRETS = [
     "sk-ant-api03-AbC_d-1.2",
@@ -38,7 +39,7 @@ def stream() -> Iterator[io.StringIO]:
 @pytest.mark.parametrize("secret", SECRETS)
 def test_every_shape_of_secret_is_redacted(secret: str) -> None:
     for text in (secret, f"key={secret}", f'{{"key": "{secret}"}}', f"https://host/?k={secret}&x=1", f"a {secret}, b"):
-        redacted = log.redact(text)
+        redacted = redact(text)
         assert "[redacted]" in redacted
         assert secret not in redacted
         assert secret[10:] not in redacted
@@ -46,12 +47,12 @@ def test_every_shape_of_secret_is_redacted(secret: str) -> None:
 
 @pytest.mark.parametrize("header", ["Authorization: Bearer opaque-token", "authorization: bearer opaque-token"])
 def test_a_bearer_token_of_any_shape_is_redacted(header: str) -> None:
-    assert "opaque-token" not in log.redact(header)
+    assert "opaque-token" not in redact(header)
 
 
 def test_ids_are_not_redacted() -> None:
     text = "session=sesn_01AbC work=work_01 sandbox=sb-eye reason=skipped"
-    assert log.redact(text) == text
+    assert redact(text) == text
 
 
 def test_messages_arguments_and_tracebacks_are_redacted(stream: io.StringIO) -> None:

@@ -24,6 +24,7 @@ from .fleet import CALL_SECONDS, Fleet
 from .healing import Healer
 from .launching import LAUNCH_SECONDS, RETRY_PAUSES, Launcher, pause_after
 from .provider import Provider
+from .runner_pages import RefusePages
 from .settings import Settings
 
 RECLAIM_SECONDS = 120.0
@@ -35,7 +36,13 @@ _log = logging.getLogger(__name__)
 
 def open_client(settings: Settings) -> AsyncAnthropic:
     """The host's client: it holds the environment key and talks to nothing but the queue and its sessions."""
-    return AsyncAnthropic(auth_token=settings.environment_key, base_url=settings.base_url, max_retries=2, timeout=30.0)
+    return AsyncAnthropic(
+        auth_token=settings.environment_key,
+        base_url=settings.base_url,
+        max_retries=2,
+        timeout=30.0,
+        middleware=[RefusePages()],
+    )
 
 
 class Dispatcher:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 from .errors import LaunchFailed
 from .runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_LOCK_HELD, EXIT_OK
+from .runner_secrets import redact
 
 _RETRIABLE_EXITS = frozenset({EXIT_LOCK_HELD, EXIT_HANDED_OVER})
 _NOT_NEEDED_EXITS = frozenset({EXIT_OK, EXIT_LEASE_LOST})
@@ -112,7 +113,7 @@ async def read_ready(lines: AsyncIterator[bytes]) -> Started:
     except ValueError:  # asyncio.StreamReader, for a line longer than its limit
         raise LaunchFailed("the runner's output is no log of a runner", retriable=True) from None
     raise LaunchFailed(
-        f"the runner ended before it was ready: {last_words[-_TEXT_LIMIT:] or 'no output'}", retriable=True
+        f"the runner ended before it was ready: {redact(last_words)[-_TEXT_LIMIT:] or 'no output'}", retriable=True
     )
 
 
@@ -128,5 +129,5 @@ def _ended(code: object, reason: str) -> Started:
     code = code if isinstance(code, int) else None
     if code in _NOT_NEEDED_EXITS:
         return Started("not_needed")
-    text = f"the runner exited with {code} before it was ready: {reason[:_TEXT_LIMIT] or 'no reason given'}"
+    text = f"the runner exited with {code} before it was ready: {redact(reason)[:_TEXT_LIMIT] or 'no reason given'}"
     raise LaunchFailed(text, retriable=code in _RETRIABLE_EXITS)

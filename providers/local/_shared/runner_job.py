@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from .runner_secrets import hide
+
 EXIT_OK = 0  # done, or not needed: a healthy runner serves the session already
 EXIT_BAD_JOB = 64
 EXIT_CANNOT_RUN = 69
@@ -32,6 +34,7 @@ MAX_JOB_BYTES = 256 * 1024
 
 _NEEDED = ("ANTHROPIC_SESSION_ID", "ANTHROPIC_WORK_ID", "ANTHROPIC_ENVIRONMENT_ID")
 _OWN = ("SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_MAX_WAIT_SECONDS", "SANDBOX_TOOLS")
+_SECRETS = ("ANTHROPIC_WORK_SECRET", "ANTHROPIC_ENVIRONMENT_KEY")
 _HEADER = re.compile(r"[!-~]+\Z")
 
 
@@ -72,6 +75,9 @@ def read_job(job_file: Path | None, stdin: IO[bytes] | None, environ: MutableMap
     elif stdin is not None and not all(taken.get(name) for name in _NEEDED):
         raw = _read_to_its_end(stdin)
     values = _parsed(raw) if raw.strip() else taken
+    if isinstance(values, dict):
+        for name in _SECRETS:
+            hide(value if isinstance(value := values.get(name), str) else None)
     return parse_job({**defaults, **values} if isinstance(values, dict) else values)
 
 
@@ -95,6 +101,7 @@ def parse_job(values: object) -> RunnerJob:
         max_wait_seconds=_seconds(values, "SANDBOX_MAX_WAIT_SECONDS", DEFAULT_MAX_WAIT_SECONDS),
         tools=values.get("SANDBOX_TOOLS") or None,
     )
+    hide(job.token)
     if not job.token:
         raise BadJob("the job carries no usable credential: ANTHROPIC_WORK_SECRET must hold a sessions_token")
     if not _HEADER.match(job.token):  # an HTTP library would quote it in its error

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import select
 import signal
@@ -45,6 +46,7 @@ from .runner_job import (
     read_job,
 )
 from .runner_lock import LeaseState, Lock, LockHeld, take_over
+from .runner_secrets import RedactingFormatter, guard_output, redact
 
 _REAP_SECONDS = 60.0
 _SIGNAL_SECONDS = 0.01
@@ -59,7 +61,7 @@ def emit(event: str, **values: object) -> None:
     try:
         look.register(sys.stdout, select.POLLOUT)
         if look.poll(0):
-            sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+            sys.stdout.write(redact(json.dumps({"event": event, **values})) + "\n")
             sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(job_file: Path | None) -> tuple[int, str]:
+    _log_to_stderr()
     descent = runner_process.OomDescent.open()  # before hiding, which closes this file to ourselves
     try:
         runner_process.hide()
@@ -106,6 +109,14 @@ def _run(job_file: Path | None) -> tuple[int, str]:
         return EXIT_CANNOT_RUN, f"SANDBOX_STATE_DIR cannot be used: {error.strerror}"
     # Not `asyncio.run`: at its end it would wait for what the runner has given up waiting for.
     return asyncio.new_event_loop().run_until_complete(_serve(job, lock))
+
+
+def _log_to_stderr() -> None:
+    """What the SDK, a custom tool or Python itself has to say goes to the runner's log too, without secrets."""
+    guard_output()
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s %(name)s %(message)s"))
+    logging.getLogger().addHandler(handler)
 
 
 async def _serve(job: RunnerJob, lock: Lock) -> tuple[int, str]:

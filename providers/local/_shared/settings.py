@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from .errors import SettingsError
+from .runner_secrets import hide
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def setting(
 
 
 def load(cls: type[T], environ: Mapping[str, str], known_problems: Sequence[str] = ()) -> T:
-    """Reads `cls` (a dataclass of `setting()` fields) from `environ`. An empty value counts as unset.
+    """Reads `cls` (a dataclass of `setting()` fields) from `environ`. An empty value counts as unset. What is read as a
+    secret no log line shows.
 
     Raises `SettingsError` naming every missing and every unusable setting beside what the caller has found; values are
     never quoted.
@@ -103,6 +105,8 @@ def load(cls: type[T], environ: Mapping[str, str], known_problems: Sequence[str]
             if declared.default is MISSING:
                 problems.append(f"{declared.metadata['name']} is not set: {declared.metadata['help']}")
             continue
+        if declared.metadata["secret"]:
+            hide(raw)
         try:
             values[declared.name] = declared.metadata["parse"](raw)
         except ValueError as error:
