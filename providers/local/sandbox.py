@@ -231,7 +231,8 @@ class LocalProvider:
         if self._isolated and (uid or _kernel() >= _PROCESSES_COUNT_PER_NAMESPACE):
             limits["RLIMIT_NPROC"] = self._pids
         environment = self._environment(place)
-        config = {"uid": uid, "state": environment["SANDBOX_STATE_DIR"], "rlimits": limits}
+        config: dict[str, Any] = {"uid": uid, "isolated": self._isolated, "rlimits": limits}
+        config |= {"state": environment["SANDBOX_STATE_DIR"]}
         config |= {"keep_warm": self._keep_warm_seconds, "hold": ACQUIRED_SECONDS, "grace": self._grace_seconds}
         process, life = place.boot(self._init_command(place, uid), config, environment)
         watcher = threading.Thread(target=self._watch, args=(process, life), daemon=True)

@@ -15,11 +15,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +33,17 @@ _UNREAD_BYTES = 1 << 20  # a host that stops reading is dropped rather than wait
 _KILL_ROUNDS = 200  # a process can fork while we look; each round kills what it sees
 _ROUND_SECONDS = 0.02
 _PR_SET_DUMPABLE: Final = 4
+_PR_SET_SECCOMP: Final = 22
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_SECCOMP_MODE_FILTER = 2
+_CLONE_NEWUSER = 0x1000_0000
+_KEYCTL: Final = {"x86_64": 250, "aarch64": 219}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
+# What makes a user namespace, by the architecture that the kernel names to a filter: (clone, unshare, clone3).
+_ARCHITECTURES: Final = {
+    "x86_64": {0xC000_003E: (56, 272, 435), 0x4000_0003: (120, 310, 435)},
+    "aarch64": {0xC000_00B7: (220, 97, 435), 0x4000_0028: (120, 337, 435)},
+}
 
 
 def confine(config: dict[str, Any]) -> None:
@@ -48,13 +60,46 @@ def confine(config: dict[str, Any]) -> None:
         hard = resource.getrlimit(kind)[1]
         most = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (most, most))
-    # Neither our descriptors nor our memory (a job passes through it) are for a shell of the same uid. After
-    # setuid, because a change of uid resets it.
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
+        # Neither our descriptors nor our memory (a job passes through it) are for a shell of the same uid. After
+        # setuid, because a change of uid resets it.
         if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) or libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl failed")
+        # The keys of whoever started the host stay behind. Where the host's own container forbids keyctl, it forbids
+        # it to what we start as well.
+        if machine := _KEYCTL.get(os.uname().machine):
+            libc.syscall(machine, _KEYCTL_JOIN_SESSION_KEYRING, None)
+        if config["isolated"]:
+            forbid_user_namespaces(libc)
     Path(config["state"]).mkdir(mode=0o700, exist_ok=True)
+
+
+def forbid_user_namespaces(libc: ctypes.CDLL) -> None:
+    """In a user namespace of its own an agent has every capability over it, and so a larger part of the kernel to
+    find a hole in. bubblewrap's `--disable-userns` is not for a sandbox that root started, and not in old versions."""
+    program = b""
+    for audit, (clone, unshare, clone3) in _ARCHITECTURES.get(os.uname().machine, {}).items():
+        # Jumps count instructions: if true, if false.
+        block = [
+            (0x20, 0, 0, 0),  # load the system call's number
+            (0x35, 6, 0, 0x4000_0000),  # x32, a second name for each call: as if there was none
+            (0x15, 5, 0, clone3),  # its flags lie in memory, where a filter does not see them; libc falls back on clone
+            (0x15, 1, 0, clone),
+            (0x15, 0, 2, unshare),
+            (0x20, 0, 0, 16),  # load the first argument
+            (0x45, 2, 0, _CLONE_NEWUSER),
+            (0x06, 0, 0, 0x7FFF_0000),  # allow
+            (0x06, 0, 0, 0x0005_0000 | errno.ENOSYS),
+            (0x06, 0, 0, 0x0005_0000 | errno.EPERM),
+        ]
+        instructions = [(0x20, 0, 0, 4), (0x15, 0, len(block), audit), *block]  # load the architecture, compare
+        program += b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+    program += struct.pack("HBBI", 0x06, 0, 0, 0x7FFF_0000)
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
+    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.c_char_p(header), 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_SECCOMP) failed")
 
 
 class Init:
