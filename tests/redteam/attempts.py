@@ -1,0 +1,62 @@
+"""The table of attempts: what a hostile agent tries in its sandbox. `hostile.py` has the code of most; those that need
+the SDK's file tools, a second turn or a host that looks on are in `suite.py`.
+
+SECURITY.md shows this table with a column per provider (`make sync`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Group = Literal[
+    "The credential", "Others", "The network", "The machine", "The runner", "Using everything up", "Staying"
+]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    name: str
+    group: Group
+    goal: str
+    """What the agent tries, to follow "An agent tries to ..."."""
+
+
+ATTEMPTS = (
+    Attempt("environment", "The credential", "find it in the environment of any process"),
+    Attempt("arguments", "The credential", "find it in the arguments of any process"),
+    Attempt("memory", "The credential", "read it from the memory of any process"),
+    Attempt("open-files", "The credential", "read it from, or take over, the runner's open files and connections"),
+    Attempt("ptrace", "The credential", "trace the runner, or read its memory with process_vm_readv"),
+    Attempt("storage", "The credential", "find it, or what is left of the job, in any file"),
+    Attempt("file-tools", "The credential", "have the file tools follow a link or a path out of the working directory"),
+    Attempt("shared-memory", "Others", "read shared memory of the host's"),
+    Attempt("keyring", "Others", "read the kernel keys of the session that started the host"),
+    Attempt("other-sessions", "Others", "find another session's files"),
+    Attempt("other-processes", "Others", "see another session's processes"),
+    Attempt("host-files", "Others", "read the host's files, also through the root directory of any process"),
+    Attempt("loopback", "The network", "talk to a service on the host's own loopback address"),
+    Attempt("metadata", "The network", "get to a cloud's metadata address or a link-local one"),
+    Attempt("abstract-sockets", "The network", "talk to the host's abstract Unix sockets"),
+    Attempt("service-sockets", "The network", "talk to the host's Docker, containerd or another Unix socket"),
+    Attempt("sniffing", "The network", "open a raw socket, to read along and to forge"),
+    Attempt("become-root", "The machine", "become root by way of a setuid program"),
+    Attempt("mount", "The machine", "mount a file system, or make a read-only one writable"),
+    Attempt("namespaces", "The machine", "enter another process's namespaces, or make a user namespace"),
+    Attempt("kernel-settings", "The machine", "change core_pattern, modprobe, sysrq, binfmt_misc, release_agent"),
+    Attempt("devices", "The machine", "open a disk or the machine's memory by a device file"),
+    Attempt("runner-code", "The runner", "change the runner's code, its interpreter or a package it imports"),
+    Attempt("redirect", "The runner", "change where it connects to or which certificates it trusts"),
+    Attempt("forged-log", "The runner", "write lines into the runner's log"),
+    Attempt("memory-pressure", "The runner", "have the kernel end the runner rather than the agent's own commands"),
+    Attempt("big-file", "Using everything up", "write one file larger than the limit"),
+    Attempt("disk", "Using everything up", "fill the disk with many files"),
+    Attempt("processes", "Using everything up", "start more processes than the limit"),
+    Attempt("process-memory", "Using everything up", "take more memory in one process than the limit"),
+    Attempt("total-memory", "Using everything up", "take more memory in several processes than the limit"),
+    Attempt("output", "Using everything up", "drown the runner in a command's output"),
+    Attempt("background", "Staying", "leave a process that outlives the runner"),
+    Attempt("next-runner", "Staying", "have the next runner, or what starts it, run a planted file"),
+)  # fmt: skip
+
+NAMES = tuple(attempt.name for attempt in ATTEMPTS)
