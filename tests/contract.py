@@ -43,6 +43,8 @@ class ProviderContract:
     core: ClassVar[Core]
     isolated: ClassVar[bool] = True
     """Whether the sandboxes hide the rest of the machine."""
+    emulator_host: ClassVar[str] = "127.0.0.1"
+    """Where the emulator listens: an address of this machine that sandboxes reach."""
 
     def make_provider(self, root: Path, settings: Any, **options: Any) -> Any:
         """The provider with its sandboxes under `root`. `runner=<path>` must start that file as the runner."""
@@ -54,7 +56,7 @@ class ProviderContract:
 
     @pytest.fixture
     def emulator(self, switches: Switches) -> Iterator[Emulator]:
-        with Emulator(switches=switches) as emulator:
+        with Emulator(host=self.emulator_host, switches=switches) as emulator:
             yield emulator
 
     @pytest.fixture
@@ -220,7 +222,8 @@ class ProviderContract:
         assert host.claims() == 2
 
     async def test_an_operators_graceful_stop_ends_the_tool_and_the_item(self, tmp_path: Path) -> None:
-        with Emulator(lease_ttl=4) as emulator:  # so that the runner beats, and learns of it, every two seconds
+        # A TTL so short that the runner beats, and learns of it, every two seconds.
+        with Emulator(host=self.emulator_host, lease_ttl=4) as emulator:
             world = World(emulator, self.core, self.make_provider, tmp_path / "sandboxes")
             host = world.host()
             session = emulator.create_session()
@@ -247,7 +250,7 @@ class ProviderContract:
     # --- what a sandbox may know -------------------------------------------------------------------------------------
 
     async def test_an_item_without_a_secret_is_refused(self, tmp_path: Path) -> None:
-        with Emulator(switches=Switches(secret="null")) as emulator:
+        with Emulator(host=self.emulator_host, switches=Switches(secret="null")) as emulator:
             world = World(emulator, self.core, self.make_provider, tmp_path / "sandboxes")
             host = world.host()
             session = emulator.create_session()

@@ -202,6 +202,8 @@ class ProviderSchedules:
     """Whether a second host can only share the first one's provider object."""
     own_troubles: ClassVar[int] = 1
     """At least so many of a schedule's troubles are the provider's own, if it has any."""
+    emulator_host: ClassVar[str] = "127.0.0.1"
+    """As in the contract suite."""
 
     def make_provider(self, root: Path, settings: Any, **options: Any) -> Any:
         """As in the contract suite."""
@@ -225,7 +227,7 @@ class ProviderSchedules:
             metafunc.parametrize("seed", range(first, first + int(os.environ.get("PROVIDER_SCHEDULES_N", self.seeds))))
 
     async def test_schedule(self, seed: int, tmp_path: Path) -> None:
-        with Emulator() as emulator:
+        with Emulator(host=self.emulator_host) as emulator:
             violations, story = await self.play(seed, emulator, tmp_path / "sandboxes")
         again = f"run it again: PROVIDER_SCHEDULES_SEED={seed} PROVIDER_SCHEDULES_N=1"
         assert not violations, "\n".join([f"seed {seed}, {again}", *story, "", *violations])

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.providers import docker_support
 from tools.emulator import Emulator
 from tools.sync_shared import ROOT, VENDORED, folders, own_modules
 
@@ -29,9 +30,14 @@ SERVER = ["main.py", "--host", "127.0.0.1", "--port", "0", "--no-poll"]
 # How a folder is started here, and the settings it needs besides the shared ones. None: its platform starts it, and the
 # test of that provider does so against its double.
 SERVERS: dict[str, dict[str, str] | None] = {
+    "docker": {"DOCKER_IMAGE": "{image}"},
     "local": {"LOCAL_ROOT": "{directory}/sandboxes", "ALLOW_UNISOLATED_TOOLS": "true"},
 }
-SERVED = [name for name, settings in SERVERS.items() if settings is not None]
+SERVED = [
+    pytest.param(name, marks=docker_support.needs_docker if name == "docker" else [])
+    for name, settings in SERVERS.items()
+    if settings is not None
+]
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,26 @@ def copy(request: pytest.FixtureRequest, copies: dict[str, Copy], tmp_path_facto
 
 
 @contextlib.contextmanager
+def _emulator(copy: Copy) -> Iterator[Emulator]:
+    """The control plane, where this folder's sandboxes reach it."""
+    if copy.folder.name != "docker":
+        with Emulator() as emulator:
+            yield emulator
+        return
+    with Emulator(host=docker_support.gateway()) as emulator:
+        try:
+            yield emulator
+        finally:
+            docker_support.remove_all(emulator.environment_id)
+
+
+@contextlib.contextmanager
 def _running(copy: Copy, emulator: Emulator, directory: Path, *argv: str) -> Iterator[subprocess.Popen[str]]:
-    own = {name: value.format(directory=directory) for name, value in (SERVERS[copy.folder.name] or {}).items()}
+    image = docker_support.image(copy.folder) if copy.folder.name == "docker" else None
+    own = {
+        name: value.format(directory=directory, image=image)
+        for name, value in (SERVERS[copy.folder.name] or {}).items()
+    }
     settings = {
         "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
         "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
@@ -149,7 +173,7 @@ def test_every_module_of_a_copy_can_be_imported(copy: Copy) -> None:
 
 @pytest.mark.parametrize("copy", SERVED, indirect=True)
 def test_a_copy_serves_a_session_when_a_signed_webhook_arrives(copy: Copy, tmp_path: Path) -> None:
-    with Emulator() as emulator, _running(copy, emulator, tmp_path, *SERVER) as process:
+    with _emulator(copy) as emulator, _running(copy, emulator, tmp_path, *SERVER) as process:
         assert process.stdout is not None
         ready = re.search(r"listening on http://(127\.0\.0\.1:\d+)", process.stdout.readline())
         assert ready, "the server did not get ready"
@@ -165,5 +189,5 @@ def test_a_copy_serves_a_session_when_a_signed_webhook_arrives(copy: Copy, tmp_p
 
 @pytest.mark.parametrize("copy", SERVED, indirect=True)
 def test_a_copy_serves_a_session_as_an_always_on_poller(copy: Copy, tmp_path: Path) -> None:
-    with Emulator() as emulator, _running(copy, emulator, tmp_path, "-m", f"{VENDORED}.worker"):
+    with _emulator(copy) as emulator, _running(copy, emulator, tmp_path, "-m", f"{VENDORED}.worker"):
         assert "the answer is 42" in _say(emulator, "echo the answer is $((6 * 7))")

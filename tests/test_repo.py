@@ -254,5 +254,5 @@ def test_ci_runs_what_everybody_runs() -> None:
 
 
 def test_scripts_parse() -> None:
-    for script in ["tools/venv.sh", "tools/ci_setup.sh", ".ci/run"]:
+    for script in ["tools/venv.sh", "tools/ci_setup.sh", "tools/docker_engine.sh", ".ci/run"]:
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)

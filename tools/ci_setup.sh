@@ -5,6 +5,8 @@ set -eu
 missing=
 command -v bwrap >/dev/null || missing="$missing bubblewrap"
 command -v ps >/dev/null || missing="$missing procps"
+command -v dockerd >/dev/null || missing="$missing docker.io"
+command -v debootstrap >/dev/null || missing="$missing debootstrap"
 
 if [ -z "$missing" ]; then
     echo "ci_setup: everything is here"

@@ -102,6 +102,8 @@ class RedTeam:
     """Whether the sandboxes hide the machine's processes and files, also in a test. Where they do not, attempts look
     at the runner's processes and at `places` only, and what would be done to the machine must be `not_tried`."""
     limits: ClassVar[Limits] = Limits()
+    emulator_host: ClassVar[str] = "127.0.0.1"
+    """As in the contract suite."""
 
     def make_provider(self, root: Path, settings: Any, **options: Any) -> Any:
         """The provider with its sandboxes under `root`, and with `self.limits` as far as it has such limits."""
@@ -137,7 +139,7 @@ class RedTeam:
         def make(root: Path, settings: Any, **options: Any) -> Recorder:
             return Recorder(self.make_provider(root, settings, **options))
 
-        with Emulator() as emulator:
+        with Emulator(host=self.emulator_host) as emulator:
             world = World(emulator, self.core, make, tmp_path / "sandboxes")
             yield world
             await world.close()

@@ -1,0 +1,310 @@
+"""The Docker provider: a sandbox is a container per session, and two named volumes that outlive it.
+
+A container runs as long as its session has a runner and a while longer, by its own clock; the worker that made it may
+come and go. What is true is what the Engine says: nothing is remembered here. The container's name is the lock (R10),
+since the Engine gives a name to one container only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import containers
+import egress
+from _shared.errors import LaunchFailed, SettingsError
+from _shared.provider import Launch, SandboxInfo, Started, read_ready
+from _shared.settings import Settings, count, load, setting
+from containers import Limits, Names
+from engine import Engine, mapped, racing
+
+_ENTER = [*containers.PYTHON, containers.INIT, "enter"]
+_ATTEMPTS = 10  # to find or make a container that others find, make and remove at the same time
+_ATTEMPT_PAUSE_SECONDS = 0.2
+_INSPECTIONS_AT_ONCE = 8
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
+_LOOPBACK = ("localhost", "127.", "::1", "[::1]")
+
+
+def _hosts(value: str) -> tuple[str, ...]:
+    entries = tuple(entry.strip() for entry in value.split(",") if entry.strip())
+    egress.parse(entries)
+    return entries
+
+
+def _cpus(value: str) -> float:
+    number = float(value)
+    if not 0.01 <= number <= 1024:
+        raise ValueError("expected a number of CPUs, such as 0.5 or 2")
+    return number
+
+
+def _engine_url(value: str) -> str:
+    if not re.match(r"(unix|tcp|https?)://.", value):
+        raise ValueError("expected unix:///path/to/docker.sock or tcp://host:port")
+    return value
+
+
+@dataclass(frozen=True)
+class DockerSettings:
+    """What this provider needs beside the shared settings."""
+
+    host: str = setting("DOCKER_HOST", "The Docker Engine.", parse=_engine_url, default="unix:///var/run/docker.sock")
+    image: str = setting(
+        "DOCKER_IMAGE", "The sandboxes' image, made by this folder's Dockerfile.", default="sandboxes-docker"
+    )
+    runtime: str | None = setting(
+        "DOCKER_RUNTIME",
+        "An OCI runtime that the Engine knows, such as `runsc` (gVisor). Unset: the Engine's.",
+        default=None,
+    )
+    memory_mb: int = setting(
+        "DOCKER_MEMORY_MB", "Memory of one sandbox, `/tmp` included, in MiB.", parse=count, default=2048
+    )
+    cpus: float = setting("DOCKER_CPUS", "CPUs of one sandbox.", parse=_cpus, default=2.0)
+    pids: int = setting("DOCKER_PIDS", "Processes and threads of one sandbox.", parse=count, default=256)
+    file_mb: int = setting("DOCKER_FILE_MB", "The largest file a sandbox can write, in MiB.", parse=count, default=1024)
+    disk_mb: int | None = setting(
+        "DOCKER_DISK_MB",
+        "Size of each of a session's two volumes, in MiB, where the Engine's storage has quotas (XFS with `pquota`)."
+        " Unset: no limit.",
+        parse=count,
+        default=None,
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        "SANDBOX_ALLOWED_HOSTS",
+        "What sandboxes may reach beside the API, separated by commas: `example.com`, `*.example.com`, either with"
+        " `:port`.",
+        parse=_hosts,
+        default=(),
+    )
+    egress_network: str = setting(
+        "DOCKER_EGRESS_NETWORK", "The Engine's network that the egress proxy is in.", default="bridge"
+    )
+
+
+def open_provider(environ: Mapping[str, str], settings: Settings) -> DockerProvider:
+    """The provider as the environment describes it. Opens nothing: the Engine may be down now and up later. Raises
+    `SettingsError`."""
+    own = load(DockerSettings, environ)
+    if not _ID.match(settings.environment_id):
+        raise SettingsError("ANTHROPIC_ENVIRONMENT_ID is unusable: expected letters, digits, - and _")
+    return DockerProvider(
+        Engine(own.host),
+        namespace=settings.environment_id,
+        base_url=settings.base_url,
+        image=own.image,
+        runtime=own.runtime,
+        limits=Limits(own.memory_mb, own.cpus, own.pids, own.file_mb, own.disk_mb),
+        allowed_hosts=own.allowed_hosts,
+        egress_network=own.egress_network,
+        keep_warm_seconds=settings.keep_warm_seconds,
+    )
+
+
+class DockerProvider:
+    """Sandboxes on one Engine; all of them belong to one environment."""
+
+    name = "docker"
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        namespace: str,
+        base_url: str,
+        image: str = "sandboxes-docker",
+        runtime: str | None = None,
+        limits: Limits | None = None,
+        allowed_hosts: Sequence[str] = (),
+        egress_network: str = "bridge",
+        keep_warm_seconds: float = 300.0,
+        runner: str = containers.RUNNER,
+    ) -> None:
+        self._engine = engine
+        self._names = Names(namespace)
+        self._limits = limits or Limits()
+        self._image = image
+        allowed = [_api_host(base_url), *allowed_hosts]
+        self._egress_spec = partial(containers.egress, self._names, network=egress_network, allowed=allowed)
+        self._sandbox_spec = partial(
+            containers.sandbox, self._names, runtime=runtime, limits=self._limits, keep_warm=keep_warm_seconds
+        )
+        self._argv = [containers.PYTHON[0], "-I", runner]
+        self._egress_lock = asyncio.Lock()
+        self._ended: dict[str, float] = {}  # when a container that has ended did so, by its id; it never runs again
+        self._first_seen: dict[str, float] = {}
+
+    async def acquire(self, session_id: str) -> DockerSandbox:
+        """The session's sandbox, made if none runs. Waits for one that is just ending; its files are found again."""
+        if not _ID.match(session_id):
+            raise LaunchFailed("the session id cannot be the name of a container", retriable=False)
+        with mapped():
+            image = await self._engine.image_id(self._image)
+            await self._ensure_egress(image)
+            for attempt in range(_ATTEMPTS):
+                if attempt:
+                    await asyncio.sleep(_ATTEMPT_PAUSE_SECONDS)
+                with racing():
+                    if sandbox := await self._find_or_make(session_id, image):
+                        return sandbox
+        raise LaunchFailed("the sandbox does not stay", retriable=True)
+
+    async def _find_or_make(self, session_id: str, image: str) -> DockerSandbox | None:
+        """One look at what is there, and one step towards a sandbox that answers. None: look again."""
+        name = self._names.sandbox(session_id)
+        spec = self._sandbox_spec(session_id, image=image)
+        found = await self._engine.container(name)
+        created = found is None and await self._create(session_id, spec)
+        if found is None or found["State"]["Status"] == "created":  # by a host that is about to start it, or was killed
+            await self._engine.start(name)
+        elif not found["State"]["Running"]:
+            await self._engine.remove(found["Id"])  # by its id: the name may be another's by now
+            return None
+        sandbox = DockerSandbox(self._engine, name, created, self._argv)
+        state = await sandbox.hold()
+        is_outdated = found is not None and not _is_made_of(found, spec)
+        if state and not state["stopping"] and (state["runners"] or not is_outdated):
+            return sandbox
+        # It is ending, or lost, or what an older image or older settings made and nobody works in.
+        await self._engine.stop(name, containers.GRACE_SECONDS)
+        return None
+
+    async def renew(self, sandbox_id: str, seconds: float) -> None:
+        """Nothing to do: a sandbox runs while it has a runner."""
+
+    async def sandboxes(self) -> AsyncIterator[SandboxInfo]:
+        """The sessions that have a container or a volume."""
+        with mapped():
+            ours = self._names.labels("sandbox")
+            listed = await self._engine.containers([f"{key}={value}" for key, value in ours.items()])
+            limit = asyncio.Semaphore(_INSPECTIONS_AT_ONCE)
+            used_at = await asyncio.gather(*(self._used_at(entry, limit) for entry in listed))
+            volumes = await self._engine.volumes(
+                [f"{key}={value}" for key, value in self._names.labels(containers.WORKSPACE).items()]
+            )
+        sessions = set()
+        for entry, last in zip(listed, used_at, strict=True):
+            session_id = entry["Labels"][containers.SESSION]
+            sessions.add(session_id)
+            running = entry["State"] == "running"
+            yield SandboxInfo(session_id, self._names.sandbox(session_id), float(entry["Created"]), last, running)
+        for volume in volumes:
+            session_id = volume["Labels"][containers.SESSION]
+            if session_id not in sessions:
+                # Somebody has removed the container and with it the time of its last use. Files are kept too long
+                # rather than too short: from when we first saw them so.
+                seen = self._first_seen.setdefault(session_id, time.time())
+                created = _timestamp(volume["CreatedAt"])
+                yield SandboxInfo(session_id, self._names.sandbox(session_id), created, seen, False)
+
+    async def release(self, sandbox_id: str) -> None:
+        """Lets the runner hand over, ends the sandbox and deletes its files."""
+        with mapped():
+            found = await self._engine.container(sandbox_id)
+            if found is not None:
+                if found["Config"]["Labels"].get(containers.NAMESPACE) != self._names.namespace:
+                    raise LaunchFailed("the container is none of this environment's", retriable=False)
+                await self._engine.stop(found["Id"], containers.GRACE_SECONDS)
+                await self._engine.remove(found["Id"], force=True)
+            for part in (containers.WORKSPACE, containers.HOME):
+                await self._engine.remove_volume(self._names.volume(sandbox_id, part))
+
+    async def close(self) -> None:
+        """Closes the connections. The sandboxes go on: the next worker finds them."""
+        await self._engine.close()
+
+    async def _create(self, session_id: str, spec: dict[str, Any]) -> bool:
+        """Makes the container and its volumes; False when another host was faster."""
+        name = self._names.sandbox(session_id)
+        for part in (containers.WORKSPACE, containers.HOME):
+            labels = self._names.labels(part, session_id)
+            volume = containers.volume(self._names.volume(name, part), labels, self._limits.disk_mb)
+            await self._engine.create_volume(volume)
+        return await self._engine.create(name, spec)
+
+    async def _ensure_egress(self, image: str) -> None:
+        """The proxy runs, as these settings want it: without it a sandbox reaches nothing. Looked at each time."""
+        name = self._names.egress
+        spec = self._egress_spec(image=image)
+        async with self._egress_lock:
+            found = await self._engine.container(name)
+            if found is not None and not _is_made_of(found, spec):
+                await self._engine.remove(found["Id"], force=True)
+                found = None
+            with racing():  # another worker does the same
+                if found is None:
+                    await self._engine.create_volume(containers.volume(name, self._names.labels("egress")))
+                    await self._engine.create(name, spec)
+                if found is None or not found["State"]["Running"]:
+                    await self._engine.start(name)
+
+    async def _used_at(self, entry: dict[str, Any], limit: asyncio.Semaphore) -> float:
+        """When a listed container was last used: now, if it runs."""
+        if entry["State"] == "running":
+            return time.time()
+        if entry["Id"] not in self._ended:
+            async with limit:
+                found = await self._engine.container(entry["Id"])
+            finished = _timestamp(found["State"]["FinishedAt"]) if found else 0.0
+            self._ended[entry["Id"]] = max(finished, float(entry["Created"]))
+        return self._ended[entry["Id"]]
+
+
+class DockerSandbox:
+    """One session's container."""
+
+    def __init__(self, engine: Engine, name: str, created: bool, argv: list[str]) -> None:
+        self.id = name
+        self.created = created
+        self._engine = engine
+        self._argv = argv
+
+    async def start(self, launch: Launch) -> Started:
+        """Sends process 1 the files and the job, and waits for the runner's ready line."""
+        files = [(path, len(content)) for path, content in launch.files.items()]
+        request = {"do": "start", "argv": self._argv, "files": files, "stdin": len(launch.stdin)}
+        stdin = json.dumps(request).encode() + b"\n" + b"".join(launch.files.values()) + launch.stdin
+        with mapped():
+            return await read_ready(self._engine.execute(self.id, _ENTER, stdin))
+
+    async def tail(self, lines: int) -> str:
+        """The end of the container's log: what its runners said."""
+        with mapped():
+            return await self._engine.log(self.id, lines)
+
+    async def hold(self) -> dict[str, Any] | None:
+        """What process 1 says of itself; it then waits a while for a `start`. None when it does not answer."""
+        async for line in self._engine.execute(self.id, _ENTER, b'{"do": "hold"}\n'):
+            return dict(json.loads(line))
+        return None
+
+
+def _is_made_of(container: dict[str, Any], spec: dict[str, Any]) -> bool:
+    """Whether a container was made with the same settings, of the same image."""
+    return bool(container["Config"]["Labels"].get(containers.CONFIG) == spec["Labels"][containers.CONFIG])
+
+
+def _api_host(base_url: str) -> str:
+    """The API's host and port, as an entry of the allow-list. Raises `SettingsError` for a loopback address."""
+    parts = urlsplit(base_url)
+    host = parts.hostname or ""
+    if host.startswith(_LOOPBACK):
+        raise SettingsError(
+            "ANTHROPIC_BASE_URL leads to this machine's loopback, where no container gets: serve it on the address of"
+            " the Engine's bridge (mostly 172.17.0.1) and name that"
+        )
+    return f"{f'[{host}]' if ':' in host else host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
+
+def _timestamp(text: str) -> float:
+    """Seconds of one of the Engine's times, which have nanoseconds."""
+    return datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", text)).timestamp()

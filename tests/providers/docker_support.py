@@ -1,0 +1,132 @@
+"""What the tests of the Docker provider share: the Engine, the image, providers whose things are removed afterwards.
+
+Everything runs on a real Engine. Each test has a namespace of its own there, so that tests may run at once, beside
+whatever else the Engine runs; at its end nothing of that namespace is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.contract import CUSTOM_TOOLS
+from tests.folders import load_folder
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = ROOT / "providers/docker"
+DOCKER = load_folder("docker")
+ENGINE_URL = "unix:///var/run/docker.sock"
+TOOLS_FILE = "/opt/tools/my_tools.py"
+
+
+def docker(*arguments: str, stdin: str | None = None, check: bool = True, env: dict[str, str] | None = None) -> str:
+    """What the Docker command prints."""
+    done = subprocess.run(
+        ["docker", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **(env or {})},
+    )
+    if check and done.returncode:
+        raise RuntimeError(f"docker {arguments[0]}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def _problem() -> str | None:
+    try:
+        docker("version")
+    except (OSError, RuntimeError) as error:
+        return f"no Docker Engine (tools/docker_engine.sh starts one, as root on Debian): {error}"
+    return None
+
+
+PROBLEM = _problem()
+# On CI nothing may be skipped: there the tests run, and fail with the reason.
+needs_docker = pytest.mark.skipif(PROBLEM is not None and not os.environ.get("CI"), reason=str(PROBLEM))
+
+
+@cache
+def gateway() -> str:
+    """This machine's address on the Engine's default bridge: the egress proxy reaches it, and nobody beyond does."""
+    (config,) = json.loads(docker("network", "inspect", "bridge"))[0]["IPAM"]["Config"]
+    address: str = config["Gateway"]
+    return address
+
+
+@cache
+def image(folder: Path = FOLDER) -> str:
+    """The folder's image, built by its Dockerfile as its README says. The layer cache makes a second build cheap."""
+    return _build(folder, f"BASE_IMAGE={base}" if (base := _base()) else None)
+
+
+@cache
+def image_with_tools() -> str:
+    """The same with custom tools in it, as the README says."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "my_tools.py").write_text(CUSTOM_TOOLS, encoding="utf-8")
+        Path(directory, "Dockerfile").write_text(f"FROM {image()}\nCOPY my_tools.py {TOOLS_FILE}\n", encoding="utf-8")
+        return _build(Path(directory), None)
+
+
+def _base() -> str | None:
+    """The base that tools/docker_engine.sh makes where there is no registry; else the Dockerfile's own."""
+    script = (ROOT / "tools/docker_engine.sh").read_bytes()
+    tag = f"sandboxes-test-base:{hashlib.sha256(script).hexdigest()[:12]}"
+    return tag if docker("image", "ls", "-q", tag) else None
+
+
+def _build(context: Path, argument: str | None) -> str:
+    with _one_at_a_time():
+        return docker("build", "-q", *(["--build-arg", argument] if argument else []), str(context)).split()[-1]
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Several test processes build the same image: one does, the others find its layers."""
+    path = Path(tempfile.gettempdir(), f"sandboxes-test-image-{os.getuid()}.lock")
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def namespace(root: Path) -> str:
+    """The name on the Engine of what lives below `root` in other providers' tests."""
+    return f"test-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
+
+
+def make_provider(root: Path, settings: Any, **options: Any) -> Any:
+    """A provider in the namespace of `root`."""
+    if "runner" in options:
+        options["runner"] = str(options["runner"])
+    return DOCKER.sandbox.DockerProvider(
+        DOCKER.module("engine").Engine(options.pop("engine_url", ENGINE_URL)),
+        **{
+            "namespace": namespace(root),
+            "base_url": settings.base_url,
+            "image": image(),
+            "keep_warm_seconds": settings.keep_warm_seconds,
+            **options,
+        },
+    )
+
+
+def remove_all(name: str) -> None:
+    """Whatever the Engine has of a namespace, the way the README says."""
+    label = f"label=sandboxes.environment={name}"
+    if found := docker("ps", "-aq", "--filter", label).split():
+        docker("rm", "-f", *found, check=False)
+    if found := docker("volume", "ls", "-q", "--filter", label).split():
+        docker("volume", "rm", "-f", *found, check=False)
