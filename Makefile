@@ -48,8 +48,9 @@ bench: $(VENV) ## 2,000 sessions on the emulator (N=2000), with ratios that say 
 check: $(VENV) ## Lint, format, types (strict) and the vendored copies
 	@$(PYTHON) -m tools.check
 
-sync: $(VENV) ## Copy shared/ into the provider folders and fill their settings tables
+sync: $(VENV) ## Copy shared/ into the provider folders; fill their settings tables and SECURITY.md's
 	@$(PYTHON) -m tools.sync_shared
+	@$(PYTHON) -m tests.redteam
 
 clean: ## Remove everything that make made
 	rm -rf .venv .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis

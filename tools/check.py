@@ -37,6 +37,7 @@ def steps(root: Path) -> list[Step]:
         Step("lint", [PYTHON, "-m", "ruff", "check", "--quiet", "--output-format", "concise", "."], root),
         Step("format", [PYTHON, "-m", "ruff", "format", "--check", "."], root),
         Step("vendored copies, tables, pins", [PYTHON, "-m", "tools.sync_shared", "--check"], root),
+        Step("SECURITY.md's table", [PYTHON, "-m", "tests.redteam", "--check"], root),
     ]
 
 

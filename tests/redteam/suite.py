@@ -31,7 +31,8 @@ from tests.world import Core, Host, World
 from tools.emulator import Emulator, call, end, say, tools
 
 HOSTILE = Path(__file__).with_name("hostile.py")
-_INSIDE = frozenset(NAMES) - {"background", "next-runner", "file-tools", "output"}
+LATER = frozenset({"background", "next-runner"})
+INSIDE = frozenset(NAMES) - LATER - {"file-tools", "output"}
 _OUTPUT_BYTES = 8_000_000
 _MOST_CHARACTERS = 200_000  # of a tool's result; the SDK keeps the last 100 KiB of what a command prints
 
@@ -181,8 +182,8 @@ class Campaign:
         self._session = host.emulator.create_session()
 
     async def run(self, tried: list[str]) -> dict[str, Verdict]:
-        first = [name for name in tried if name in _INSIDE]
-        later = [name for name in tried if name in ("background", "next-runner")]
+        first = [name for name in tried if name in INSIDE]
+        later = [name for name in tried if name in LATER]
         commands = {
             "plant": f"echo {self._marks.own} > rt-own; cat > rt-hostile.py <<'EOT'\n{HOSTILE.read_text()}\nEOT",
             "attack": self._hostile(*first, *(f"arm-{name}" for name in later)),
