@@ -26,6 +26,7 @@ from .launching import LAUNCH_SECONDS, RETRY_PAUSES, Launcher, pause_after
 from .provider import Provider
 from .runner_pages import RefusePages
 from .settings import Settings
+from .webhook import WebhookEvent
 
 RECLAIM_SECONDS = 120.0
 DRAIN_SECONDS = 240.0  # one drain polls no longer than this; the next signal or sweep goes on
@@ -80,6 +81,11 @@ class Dispatcher:
         if self._draining is None or self._draining.done():
             self._draining = asyncio.create_task(self._drain())
             self._draining.add_done_callback(lambda task: _log_if_failed(task, "drain"))
+
+    def suspect(self, event: WebhookEvent) -> None:
+        """Takes a webhook that tells of no work, but of a session that may be stranded: the next sweeps look at it
+        first (R9)."""
+        self._healer.hint(event.session_id)
 
     async def drain(self) -> None:
         """Polls until the queue is empty and waits for the launches that came of it."""

@@ -18,6 +18,7 @@ from .webhook import Verifier, WebhookEvent
 MAX_BODY_BYTES = 64 * 1024  # a webhook is thin; a real one has a few hundred bytes
 _SIGNATURE_HEADERS = ("webhook-id", "webhook-timestamp", "webhook-signature")
 _WAKING = frozenset({"session.status_run_started"})
+_SUSPICIOUS = frozenset({"session.status_idled"})  # a session that waits for a call is idle, too
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +41,17 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
 
 
-async def handle(request: Request, *, verifier: Verifier, wake: Callable[[WebhookEvent], None]) -> Reply:
-    """Answers one request to the webhook URL. `wake` must return at once: it starts a drain and does not wait."""
+async def handle(
+    request: Request,
+    *,
+    verifier: Verifier,
+    wake: Callable[[WebhookEvent], None],
+    suspect: Callable[[WebhookEvent], None] | None = None,
+) -> Reply:
+    """Answers one request to the webhook URL. `wake` must return at once: it starts a drain and does not wait.
+
+    `suspect` is for a process that lives on and sweeps by itself: it is told which sessions healing may look at first.
+    """
     if request.method != "POST":
         return _refuse(405, "only POST is answered here", allow="POST")
     if any(not request.headers.get(name) for name in _SIGNATURE_HEADERS):
@@ -58,6 +68,9 @@ async def handle(request: Request, *, verifier: Verifier, wake: Callable[[Webhoo
         event = verifier.verify(bytes(body), request.headers)
     except WebhookRejected as error:
         return _refuse(401, str(error))
+    if event.type in _SUSPICIOUS and suspect is not None:
+        suspect(event)
+        return _reply(200, {"ok": True})
     if event.type not in _WAKING:
         return _reply(200, {"ok": True, "ignored": event.type})
     _log.info(log.line("webhook", session=event.session_id))

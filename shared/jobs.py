@@ -47,6 +47,7 @@ class Job:
     max_idle_seconds: float
     tools: str | None
     max_wait_seconds: float
+    tool_names: tuple[str, ...] = ()
 
     @classmethod
     def from_item(cls, item: WorkItem, settings: Settings) -> Job:
@@ -72,6 +73,7 @@ class Job:
             max_idle_seconds=settings.max_idle_seconds,
             tools=settings.tools,
             max_wait_seconds=settings.max_wait_seconds,
+            tool_names=settings.tool_names,
         )
 
     def to_stdin(self) -> bytes:
@@ -86,6 +88,7 @@ class Job:
             "SANDBOX_MAX_IDLE_SECONDS": f"{self.max_idle_seconds:g}",
             "SANDBOX_MAX_WAIT_SECONDS": f"{self.max_wait_seconds:g}",
             "SANDBOX_TOOLS": self.tools,
+            "SANDBOX_TOOL_NAMES": ",".join(self.tool_names) or None,
         }
         return json.dumps({name: value for name, value in values.items() if value is not None}).encode()
 

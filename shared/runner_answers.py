@@ -14,7 +14,7 @@ import anthropic
 from anthropic import AsyncAnthropic
 
 from .runner_claim import probe
-from .runner_events import OWNED_TOOLS, EventLog, read_log, recent_log
+from .runner_events import EventLog, read_log, recent_log
 from .runner_job import RunnerJob
 from .runner_journal import Journal
 
@@ -42,7 +42,7 @@ class Answers:
             return
         lost = [call.error(LOST) for call in log.open.values() if call.id in journal]
         ended = [call for call in log.interrupted.values() if call.id not in log.answered]
-        ours = [call for call in ended if call.id in journal or (call.name in OWNED_TOOLS and not call.is_custom)]
+        ours = [call for call in ended if call.id in journal or call.is_ours(self._job.tool_names)]
         await self.send([*lost, *(call.error(INTERRUPTED_BEFORE) for call in ours)])
 
     async def look_back(self, owned: Collection[str], settled: Collection[str]) -> None:

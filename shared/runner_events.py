@@ -30,6 +30,10 @@ class Call:
     thread_id: str | None
     is_custom: bool
 
+    def is_ours(self, custom_tools: Collection[str]) -> bool:
+        """Whether it is known to be a runner's, before the SDK has asked for the tools."""
+        return self.name in (custom_tools if self.is_custom else OWNED_TOOLS)
+
     def error(self, text: str) -> dict[str, Any]:
         """The event that answers it when it did not run to its end."""
         content = [{"type": "text", "text": text}]

@@ -33,7 +33,7 @@ DEFAULT_MAX_WAIT_SECONDS = 1800.0
 MAX_JOB_BYTES = 256 * 1024
 
 _NEEDED = ("ANTHROPIC_SESSION_ID", "ANTHROPIC_WORK_ID", "ANTHROPIC_ENVIRONMENT_ID")
-_OWN = ("SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_MAX_WAIT_SECONDS", "SANDBOX_TOOLS")
+_OWN = ("SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_MAX_WAIT_SECONDS", "SANDBOX_TOOLS", "SANDBOX_TOOL_NAMES")
 _SECRETS = ("ANTHROPIC_WORK_SECRET", "ANTHROPIC_ENVIRONMENT_KEY")
 _HEADER = re.compile(r"[!-~]+\Z")
 
@@ -55,6 +55,8 @@ class RunnerJob:
     max_idle_seconds: float
     tools: str | None
     max_wait_seconds: float = DEFAULT_MAX_WAIT_SECONDS
+    tool_names: frozenset[str] = frozenset()
+    """The custom tools that are ours: this host's healing answers for them."""
 
     @property
     def token(self) -> str:
@@ -100,6 +102,7 @@ def parse_job(values: object) -> RunnerJob:
         max_idle_seconds=_seconds(values, "SANDBOX_MAX_IDLE_SECONDS", DEFAULT_MAX_IDLE_SECONDS),
         max_wait_seconds=_seconds(values, "SANDBOX_MAX_WAIT_SECONDS", DEFAULT_MAX_WAIT_SECONDS),
         tools=values.get("SANDBOX_TOOLS") or None,
+        tool_names=frozenset(filter(None, values.get("SANDBOX_TOOL_NAMES", "").split(","))),
     )
     hide(job.token)
     if not job.token:

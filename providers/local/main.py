@@ -53,7 +53,7 @@ def create_app(host: Host | None = None, *, poll: bool = True) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         served = host or Host.from_env(os.environ)
         dispatcher = Dispatcher(client=open_client(served.settings), settings=served.settings, provider=served.provider)
-        app.state.verifier, app.state.wake = served.verifier, dispatcher.wake
+        app.state.verifier, app.state.wake, app.state.suspect = served.verifier, dispatcher.wake, dispatcher.suspect
         stop = asyncio.Event()
         working = asyncio.create_task(worker.run(dispatcher, stop=stop, poll=poll))
         working.add_done_callback(end_with_the_worker)
@@ -88,6 +88,7 @@ async def webhook(request: Request) -> Response:
         handler.Request(request.method, request.headers, request.stream()),
         verifier=request.app.state.verifier,
         wake=request.app.state.wake,
+        suspect=request.app.state.suspect,
     )
     return Response(reply.body, reply.status, dict(reply.headers))
 

@@ -63,7 +63,7 @@ def stranded(emulator: Emulator) -> str:
 
 
 def test_a_value_no_server_has_is_named() -> None:
-    with pytest.raises(ValueError, match="lease_lapse: 'explode' is not one of 'stop', 'requeue'"):
+    with pytest.raises(ValueError, match="lease_lapse: 'explode' is not one of 'stop', 'requeue', 'never'"):
         Switches(lease_lapse="explode")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gravity: not a switch; there are credentials"):
         Switches().change({"gravity": 1})

@@ -257,6 +257,16 @@ def test_a_lapse_may_queue_the_item_again(emulator: Emulator) -> None:
         api.close()
 
 
+def test_a_lease_may_never_lapse() -> None:
+    with Emulator(switches=Switches(lease_lapse="never")) as other:
+        api = Api(other)
+        active, stopping = bring_to(other, api, "active"), bring_to(other, api, "active")
+        api.stop(stopping)
+        other.advance(86400)
+        assert [other.work(each)["state"] for each in (active, stopping)] == ["active", "stopping"]
+        api.close()
+
+
 def test_an_hour_at_once_leaves_the_history_of_an_hour(emulator: Emulator, api: Api) -> None:
     session_id = bring_to(emulator, api, "active")
     beat = at(emulator.work(session_id)["latest_heartbeat_at"])

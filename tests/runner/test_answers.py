@@ -134,7 +134,7 @@ async def test_what_only_looks_may_run_again(emulator: Emulator, session_id: str
 @pytest.mark.parametrize(
     ("switches", "answers"),
     [
-        (Switches(), [INTERRUPTED_BEFORE]),
+        (Switches(), [INTERRUPTED_BEFORE] * 2),
         (Switches(interrupted_call="closed"), []),
         (Switches(interrupted_call="closed", result_for_closed_call=200), []),
     ],
@@ -142,10 +142,11 @@ async def test_what_only_looks_may_run_again(emulator: Emulator, session_id: str
 async def test_calls_of_an_interrupted_turn_are_answered_not_run_and_do_not_keep_the_runner(
     emulator: Emulator, session_id: str, tmp_path: Path, answers: list[str]
 ) -> None:
-    emulator.set_script(session_id, [tools(call("bash", command="echo run > runs"), custom("someone_elses")), end()])
+    calls = tools(call("bash", command="echo run > runs"), custom("mine"), custom("someone_elses"))
+    emulator.set_script(session_id, [calls, end()])
     emulator.say(session_id, "go")
     emulator.send(session_id, {"type": "user.interrupt"})
-    runner = await in_process(emulator, emulator.url, tmp_path)
+    runner = await in_process(emulator, emulator.url, tmp_path, SANDBOX_TOOL_NAMES="mine")
     assert await asyncio.wait_for(runner.run(), 20) == IDLE
     assert results(emulator, session_id) == answers
     assert not (tmp_path / "workspace" / "runs").exists()

@@ -52,6 +52,7 @@ async def test_the_runner_takes_exactly_what_the_host_sends(emulator: Emulator) 
             "SANDBOX_MAX_IDLE_SECONDS": "12.5",
             "SANDBOX_MAX_WAIT_SECONDS": "900",
             "SANDBOX_TOOLS": "mine:tools",
+            "SANDBOX_TOOL_NAMES": "deploy,ticket",
         }
     )
     sent = Job.from_item(await poll(emulator), settings)
@@ -61,7 +62,8 @@ async def test_the_runner_takes_exactly_what_the_host_sends(emulator: Emulator) 
     assert (taken.max_idle_seconds, taken.max_wait_seconds) == (12.5, 900)
     assert taken.token.startswith("sk-ant-req-")
     assert taken.environment_key is None
-    own = {"SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_MAX_WAIT_SECONDS", "SANDBOX_TOOLS"}
+    assert taken.tool_names == {"deploy", "ticket"}
+    own = {"SANDBOX_MAX_IDLE_SECONDS", "SANDBOX_MAX_WAIT_SECONDS", "SANDBOX_TOOLS", "SANDBOX_TOOL_NAMES"}
     assert set(json.loads(sent.to_stdin())) <= {*JOB, "ANTHROPIC_BASE_URL", *own}
 
 

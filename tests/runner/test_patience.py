@@ -64,6 +64,13 @@ async def test_a_session_without_a_message_is_not_waited_for(
     assert texts(emulator, session_id) == ["hello"]
 
 
+async def test_a_first_message_is_waited_for_no_longer_than_the_next_one(
+    emulator: Emulator, session_id: str, tmp_path: Path
+) -> None:
+    runner = await waiting(emulator, emulator.url, tmp_path, "3600", SANDBOX_MAX_IDLE_SECONDS="0.3")
+    assert await runner.run() == NOBODY
+
+
 async def test_neither_a_call_nor_a_thought_counts_as_waiting(
     emulator: Emulator, session_id: str, tmp_path: Path
 ) -> None:

@@ -189,13 +189,16 @@ async def test_a_set_up_that_keeps_failing_is_told_to_the_agent(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
     calls = tools(
-        call("bash", command="echo a"), call("bash", command="echo b", permission="ask"), custom("someone_elses")
+        call("bash", command="echo a"),
+        call("bash", command="echo b", permission="ask"),
+        custom("mine"),
+        custom("someone_elses"),
     )
     emulator.set_script(session_id, [calls])
     emulator.say(session_id, "go")
     uses = [event["id"] for event in emulator.events(session_id, "agent.tool_use")]
     emulator.send(session_id, {"type": "user.tool_confirmation", "tool_use_id": uses[1], "result": "allow"})
-    runner = await in_process(emulator, proxy.url, tmp_path, max_retries=0)
+    runner = await in_process(emulator, proxy.url, tmp_path, max_retries=0, SANDBOX_TOOL_NAMES="mine")
     proxy.answer("session", 500, times=1000)
     code, reason = await runner.run()
     assert (code, reason) == (EXIT_OK, "set-up failed 3 times (InternalServerError); the agent was told")
@@ -204,7 +207,8 @@ async def test_a_set_up_that_keeps_failing_is_told_to_the_agent(
     assert all(answer["is_error"] for answer in answers)
     assert "InternalServerError" in results(emulator, session_id)[0]
     assert len(emulator.pending_calls(session_id)) == 1  # the other client's call is not ours to answer
-    assert operations(emulator)[-3:] == ["work.stop", "events.send", "events.send"]
+    assert len(emulator.events(session_id, "user.custom_tool_result")) == 1
+    assert operations(emulator)[-4:] == ["work.stop", *["events.send"] * 3]
     assert emulator.work(session_id)["state"] == "queued"  # by the answers: what comes next gets another sandbox
     assert len(runner.events("retry")) == 3
 
@@ -302,13 +306,16 @@ async def test_custom_tools_sync_and_async_run_and_those_of_others_are_left_alon
     calls = [custom("weather", city="Ghent"), custom("where"), custom("later", word="on"), custom("someone_elses")]
     emulator.set_script(session_id, [tools(*calls), repeat_output, end()])
     emulator.say(session_id, "go")
-    runner = await in_process(emulator, emulator.url, tmp_path)
+    runner = await in_process(emulator, emulator.url, tmp_path, SANDBOX_TOOL_NAMES="weather")
     running = runner.start(load_custom_tools(f"{tmp_path}/mine.py:tools"))
     await until(emulator, lambda: len(results(emulator, session_id)) == 3)
     assert results(emulator, session_id) == ["sunny in Ghent", str(tmp_path / "workspace"), "later on"]
     (theirs,) = emulator.pending_calls(session_id)
     emulator.send(session_id, {"type": "user.custom_tool_result", "custom_tool_use_id": theirs, "content": []})
     assert await running == IDLE
+    (unnamed,) = runner.events("unnamed")
+    assert unnamed["tools"] == ["later", "where"]
+    assert "SANDBOX_TOOL_NAMES" in unnamed["reason"]
 
 
 def test_custom_tools_are_found_by_module_or_by_file(tmp_path: Path) -> None:

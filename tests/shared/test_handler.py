@@ -57,6 +57,14 @@ async def test_a_repeated_webhook_is_answered_too(host: Host) -> None:
     assert [(await host.post(body, headers)).status for _ in range(3)] == [200, 200, 200]
 
 
+async def test_an_idle_session_is_no_work_but_may_be_stranded(host: Host) -> None:
+    body = event_body("sesn_7", "session.status_idled")
+    suspects: list[WebhookEvent] = []
+    request = Request("POST", signed_headers(KEY, body), chunks(body))
+    reply = await handle(request, verifier=host.verifier, wake=host.woken.append, suspect=suspects.append)
+    assert (reply.status, [event.session_id for event in suspects], host.woken) == (200, ["sesn_7"], [])
+
+
 @pytest.mark.parametrize("type_", ["session.status_idled", "session.deleted", "session.invented_tomorrow"])
 async def test_other_events_are_acknowledged_and_wake_nobody(host: Host, type_: str) -> None:
     body = event_body(type_=type_)

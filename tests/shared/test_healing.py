@@ -14,7 +14,8 @@ import pytest
 from anthropic import AsyncAnthropic
 
 from shared.dispatcher import Dispatcher
-from shared.healing import LATEST_PER_SWEEP, LOST, OTHERS_PER_SWEEP, Healer
+from shared.healing import LATEST_PER_SWEEP, LOOKS_PER_HINT, LOST, OTHERS_PER_SWEEP, Healer
+from shared.webhook import WebhookEvent
 from tests.shared.conftest import MakeDispatcher
 from tests.shared.support import (
     HEALABLE_SECONDS,
@@ -229,6 +230,32 @@ async def test_a_strand_ends_on_every_server_there_may_be(make_world: MakeWorld,
         assert world.results(each) == [(LOST, True)]
         assert world.said(each) == f"Error: {LOST}"
         assert world.sent(each, "user.interrupt") == 0
+
+
+async def test_a_call_of_a_custom_tool_of_ours_is_answered_and_another_clients_is_not(
+    make_world: MakeWorld, make_dispatcher: MakeDispatcher
+) -> None:
+    world = make_world()
+    session = await world.strand(tools(custom("deploy"), custom("theirs"), call("bash", command="x")), end())
+    settings = {"SANDBOX_TOOL_NAMES": " deploy, ticket"}
+    await make_dispatcher(FakeProvider(), on=world.emulator, settings=settings).sweep()
+    (answer,) = world.emulator.events(session, "user.custom_tool_result")
+    ours, theirs = (event["id"] for event in world.emulator.events(session, "agent.custom_tool_use"))
+    assert (answer["custom_tool_use_id"], answer["is_error"], answer["content"][0]["text"]) == (ours, True, LOST)
+    assert world.results(session) == [(LOST, True)]
+    assert world.emulator.pending_calls(session) == [theirs]
+
+
+async def test_an_answer_to_a_custom_call_is_a_treatment_too(
+    make_world: MakeWorld, make_dispatcher: MakeDispatcher
+) -> None:
+    world = make_world(Switches(result_on_stopped_item="ignored"))
+    session = await world.strand(custom("deploy"), custom("deploy"), end())
+    dispatcher = make_dispatcher(FakeProvider(), on=world.emulator, settings={"SANDBOX_TOOL_NAMES": "deploy"})
+    for interrupts in (0, 1):
+        await dispatcher.sweep()
+        world.emulator.advance(HEALABLE_SECONDS)
+        assert world.sent(session, "user.interrupt") == interrupts
 
 
 # --- what is no strand of ours ---------------------------------------------------------------------------------------
@@ -472,6 +499,74 @@ async def test_work_ids_need_not_be_session_ids(make_world: MakeWorld) -> None:
     assert world.results(session) == [(LOST, True)]
 
 
+# --- held by nobody, and not let go ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", ["Z", "+00:00"], ids=["as listed", "written differently"])
+async def test_an_item_whose_lease_never_lapses_is_freed_behind_a_fence(
+    make_world: MakeWorld, detour: Detour, make_dispatcher: MakeDispatcher, offset: str
+) -> None:
+    world = make_world(Switches(lease_lapse="never"))
+    emulator = world.emulator
+    session = emulator.create_session()
+    emulator.say(session, "!go")
+    await claim(world.client, emulator, session)
+
+    def another_spelling(request: httpx2.Request, response: httpx2.Response) -> httpx2.Response | None:
+        if not request.url.path.endswith("/work"):
+            return None
+        page = response.json()
+        for item in page["data"]:
+            item["latest_heartbeat_at"] = item["latest_heartbeat_at"].replace("Z", offset)
+        return httpx2.Response(200, json=page, headers={"date": response.headers["date"]})
+
+    detour.changes.append(another_spelling)
+    dispatcher = make_dispatcher(FakeProvider(), on=emulator)
+    emulator.advance(595)
+    await dispatcher.sweep()
+    assert emulator.work(session)["state"] == "active"
+    emulator.advance(10)
+    await dispatcher.sweep()
+    assert emulator.work(session)["state"] == "stopped"
+    emulator.advance(HEALABLE_SECONDS)
+    await dispatcher.sweep()
+    assert world.results(session) == [(LOST, True)]
+    assert world.said(session) == f"Error: {LOST}"
+
+
+async def test_a_runner_that_was_only_slow_keeps_its_item(make_world: MakeWorld) -> None:
+    """It beats between the list and the fence."""
+    world = make_world(Switches(lease_lapse="never"))
+    emulator = world.emulator
+    session = emulator.create_session()
+    await claim(world.client, emulator, session)
+    emulator.advance(700)
+    healer = Healer(world.client, settings_for(emulator))
+    items = await healer.list_work()
+    assert items is not None
+    await world.client.beta.environments.work.heartbeat(session, environment_id=emulator.environment_id)
+    assert await healer.heal(items) == 0
+    assert emulator.work(session)["state"] == "active"
+    assert count(emulator, "work.stop") == 0
+
+
+async def test_a_stop_that_nobody_completes_is_completed(make_world: MakeWorld) -> None:
+    world = make_world(Switches(lease_lapse="never"))
+    emulator = world.emulator
+    session = emulator.create_session()
+    emulator.say(session, "!go")
+    await claim(world.client, emulator, session)
+    emulator.advance(3000)  # its runner beat all the time, as far as this item tells
+    await world.client.beta.environments.work.heartbeat(session, environment_id=emulator.environment_id)
+    emulator.stop_work(session)
+    emulator.advance(595)
+    await world.dispatcher.sweep()
+    assert emulator.work(session)["state"] == "stopping"
+    emulator.advance(10)
+    await world.dispatcher.sweep()
+    assert emulator.work(session)["state"] == "stopped"
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
@@ -570,6 +665,42 @@ async def test_a_strand_behind_many_finished_sessions_is_found_by_hosts_without_
         if await healer.heal(items):
             break
     assert world.results(stranded) == [(LOST, True)]
+
+
+async def test_what_a_webhook_has_named_is_looked_at_first_however_old(world: World) -> None:
+    emulator = world.emulator
+    stranded = emulator.create_session()
+    emulator.say(stranded, "!go")
+    emulator.stop_work(stranded, force=True)
+    emulator.advance(HEALABLE_SECONDS)
+    for _ in range(400):
+        finish(emulator)
+    emulator.advance(HEALABLE_SECONDS)
+    world.dispatcher.suspect(WebhookEvent("whe_1", "session.status_idled", stranded))
+    await world.dispatcher.sweep()
+    assert world.results(stranded) == [(LOST, True)]
+
+
+async def test_a_hint_is_forgotten_after_some_looks_and_there_are_only_so_many(world: World) -> None:
+    emulator = world.emulator
+    named = emulator.create_session()
+    emulator.say(named, "hello")
+    emulator.stop_work(named, force=True)
+    emulator.advance(HEALABLE_SECONDS)
+    for _ in range(LATEST_PER_SWEEP + 400):
+        finish(emulator)
+    emulator.advance(HEALABLE_SECONDS)
+    healer = Healer(world.client, settings_for(emulator))
+    for number in range(1000):
+        healer.hint(f"sesn_{number}")
+    healer.hint(named)
+    looks = []
+    for _ in range(LOOKS_PER_HINT + 1):
+        items = await healer.list_work()
+        assert items is not None
+        looks.append(named in [item.data.id for item in healer._candidates(items)[:1]])
+    assert looks == [True] * LOOKS_PER_HINT + [False]
+    assert len(healer._hints) == 0
 
 
 async def test_one_session_that_cannot_be_read_delays_no_other(

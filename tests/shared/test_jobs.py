@@ -38,9 +38,13 @@ def item(**changes: Any) -> BetaSelfHostedWork:
 
 
 def test_the_runner_accepts_what_the_host_writes() -> None:
-    job = Job.from_item(
-        item(), settings(SANDBOX_TOOLS="tools:make", SANDBOX_MAX_IDLE_SECONDS="90", SANDBOX_MAX_WAIT_SECONDS="0")
-    )
+    told = {
+        "SANDBOX_TOOLS": "tools:make",
+        "SANDBOX_TOOL_NAMES": "deploy, ticket",
+        "SANDBOX_MAX_IDLE_SECONDS": "90",
+        "SANDBOX_MAX_WAIT_SECONDS": "0",
+    }
+    job = Job.from_item(item(), settings(**told))
     read = parse_job(json.loads(job.to_stdin()))
     assert read == RunnerJob(
         session_id="sesn_1",
@@ -52,6 +56,7 @@ def test_the_runner_accepts_what_the_host_writes() -> None:
         max_idle_seconds=90.0,
         tools="tools:make",
         max_wait_seconds=0.0,
+        tool_names=frozenset({"deploy", "ticket"}),
     )
     assert read.token == TOKEN
 

@@ -78,6 +78,13 @@ def test_an_unusable_value_is_refused_by_name_and_never_quoted(name: str, value:
     assert value not in text
 
 
+@pytest.mark.parametrize("value", ["a b", "deploy;ticket", "n\u00e9", "x" * 129])
+def test_names_are_words_with_commas_between(value: str) -> None:
+    assert Settings.from_env({**NEEDED, "SANDBOX_TOOL_NAMES": "deploy , ticket,"}).tool_names == ("deploy", "ticket")
+    with pytest.raises(SettingsError, match="SANDBOX_TOOL_NAMES is unusable: expected names"):
+        Settings.from_env({**NEEDED, "SANDBOX_TOOL_NAMES": value})
+
+
 @pytest.mark.parametrize(
     ("value", "parsed"), [("true", True), ("YES", True), ("1", True), ("off", False), ("0", False)]
 )

@@ -39,8 +39,9 @@ class Switches:
     never_beaten: Literal["lapse", "frozen"] = "lapse"
     """An item acknowledged and never beaten: its lease runs from the ack, or it stays `starting` (reported)."""
 
-    lease_lapse: Literal["stop", "requeue"] = "stop"
-    """Recorded: a lapsed lease ends in `stopped`. The newest SDK also expects a re-queue."""
+    lease_lapse: Literal["stop", "requeue", "never"] = "stop"
+    """Recorded: a lapsed lease ends in `stopped`. The newest SDK also expects a re-queue. A server whose sweeper is
+    down leaves the item as it is."""
 
     created_at_after_requeue: Literal["kept", "new"] = "kept"
     """Whether a queued-again item shows when it was first created, or when it was queued again."""

@@ -4,15 +4,15 @@ It looks at state, not at causes: whatever killed the runner, what is left is a 
 work item that no runner holds. The environment key can read both. What was already done about a strand is read from
 the session's own event log, never remembered here, so any host at any time comes to the same decision.
 
-- An item `starting` without a heartbeat (acked, never claimed): healing claims it, which only succeeds if no runner has
-  or ever will, and stops it. Some servers never let such an item lapse.
+- An item that no runner holds and that the server does not let go is stopped (`freeing`).
 - An item stopped for a while: the calls of the agent toolset that wait are answered with an error that says what was
   lost. The answer queues the session again, and a new runner serves what follows.
 - If we answered since the item stopped and the session waits again, answers do not queue it on this server: one
   `user.interrupt` goes with them, which ends the turn and does.
 
-A finished session costs one small request, and only so many are looked at in a sweep: the latest to stop, where a
-strand shows first, and some of the others at random, so that no host has to remember where the last one ended.
+A finished session costs one small request, and only so many are looked at in a sweep: those a webhook has named since
+the last one, the latest to stop, where a strand shows first, and some of the others at random, so that no host has to
+remember where the last one ended.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from anthropic.types.beta.environments import BetaSelfHostedWork
 from anthropic.types.beta.sessions import BetaManagedAgentsSessionEventType
 
 from . import log
+from .freeing import Freeing
 from .settings import Settings
 
-STARTING_SECONDS = 150.0  # an acked item is claimed within milliseconds; this is longer than any launch may take
 STOPPED_SECONDS = 60.0  # a runner that hands over posts its answers right after its stop
 LOST = "The sandbox was lost while this call was running. It may have taken effect; nothing more is known about it."
 OWNED_TOOLS = frozenset({"bash", "read", "write", "edit", "glob", "grep"})  # the SDK's agent toolset
 LATEST_PER_SWEEP = 30  # stopped items looked at: those that stopped last,
 OTHERS_PER_SWEEP = 20  # and some of the rest
+LOOKS_PER_HINT = 3  # sweeps in which a session that a webhook has named comes first: its call is too young at the first
+_MOST_HINTS = 1000
 _STATUS_EVENTS: list[BetaManagedAgentsSessionEventType] = [
     "session.status_running",
     "session.status_idle",
@@ -55,7 +57,7 @@ _log = logging.getLogger(__name__)
 class Strand:
     """What a session waits for, as far as it is ours to answer."""
 
-    call_ids: tuple[str, ...]
+    calls: tuple[Any, ...]
     treated: bool
     """An answer of ours is in the log since the item stopped."""
     others_wait: bool
@@ -63,12 +65,22 @@ class Strand:
 
 
 class Healer:
-    """Finds strands and ends them. It remembers nothing from one sweep to the next."""
+    """Finds strands and ends them. What it remembers are hints where to look first; nothing depends on them."""
 
     def __init__(self, client: AsyncAnthropic, settings: Settings) -> None:
         self._client = client
         self._environment_id = settings.environment_id
+        self._own_tools = frozenset(settings.tool_names)
+        self._freeing = Freeing(client, settings.environment_id)
+        self._hints: dict[str, int] = {}
         self._now: datetime | None = None
+
+    def hint(self, session_id: str) -> None:
+        """Something happened to the session: the next sweeps look at it first, however long ago its item stopped."""
+        self._hints.pop(session_id, None)
+        self._hints[session_id] = LOOKS_PER_HINT
+        while len(self._hints) > _MOST_HINTS:
+            del self._hints[next(iter(self._hints))]
 
     async def list_work(self) -> list[BetaSelfHostedWork] | None:
         """The environment's work items. Also notes the server's time, by which their timestamps are judged.
@@ -103,7 +115,7 @@ class Healer:
         healed = 0
         for item in self._candidates([item for item in items if item.data.type == "session"]):
             try:
-                healed += await (self._free_unclaimed(item) if item.state == "starting" else self._heal(item))
+                healed += await (self._heal(item) if item.state == "stopped" else self._freeing.free(item))
             except anthropic.NotFoundError:
                 continue  # deleted meanwhile
             except anthropic.RateLimitError as error:
@@ -114,18 +126,15 @@ class Healer:
         return healed
 
     def _candidates(self, items: Sequence[BetaSelfHostedWork]) -> list[BetaSelfHostedWork]:
-        unclaimed = [
-            item
-            for item in items
-            if item.state == "starting"
-            and not item.latest_heartbeat_at
-            and self._age(item.acknowledged_at) > STARTING_SECONDS
-        ]
+        held = [item for item in items if self._freeing.is_due(item, self._age)]
         stopped = [item for item in items if item.state == "stopped" and self._age(item.stopped_at) > STOPPED_SECONDS]
         stopped.sort(key=lambda item: self._age(item.stopped_at))
+        hinted = [item for item in stopped if item.data.id in self._hints]
+        self._hints = {session_id: looks - 1 for session_id, looks in self._hints.items() if looks > 1}
+        stopped = [item for item in stopped if item not in hinted]
         others = stopped[LATEST_PER_SWEEP:]
         others = random.sample(others, min(OTHERS_PER_SWEEP, len(others)))
-        return [*unclaimed[:LATEST_PER_SWEEP], *stopped[:LATEST_PER_SWEEP], *others]
+        return [*held[:LATEST_PER_SWEEP], *hinted[:LATEST_PER_SWEEP], *stopped[:LATEST_PER_SWEEP], *others]
 
     def _age(self, moment: datetime | str | None) -> float:
         """Seconds since `moment` by the server's clock; 0 for what never happened."""
@@ -141,34 +150,15 @@ class Healer:
         if not awaited or (await self._client.beta.sessions.retrieve(session_id)).status != "idle":
             return False
         strand = await self._strand(session_id, awaited, self._age(item.stopped_at))
-        if not strand.call_ids:
+        if not strand.calls:
             return False
-        events = [_error_result(call_id) for call_id in strand.call_ids]
+        events = [_error_result(call) for call in strand.calls]
         interrupts = strand.treated and not strand.others_wait
         if interrupts:
             events.append({"type": "user.interrupt"})
         await self._client.beta.sessions.events.send(session_id, events=events)  # type: ignore[arg-type]
-        reason = f"{len(strand.call_ids)} calls answered" + (", turn interrupted" if interrupts else "")
+        reason = f"{len(strand.calls)} calls answered" + (", turn interrupted" if interrupts else "")
         _log.warning(log.line("healed", session=session_id, work=item.id, reason=reason))
-        return True
-
-    async def _free_unclaimed(self, item: BetaSelfHostedWork) -> bool:
-        """Claims an item that was acked and never claimed, and stops it. The claim is the fence: a runner that has it,
-        or gets there first, makes ours fail; one that comes later fails itself, before it runs anything."""
-        work = self._client.with_options(max_retries=0).beta.environments.work
-        try:
-            beat = await work.heartbeat(
-                item.id, environment_id=self._environment_id, expected_last_heartbeat="NO_HEARTBEAT"
-            )
-        except anthropic.APIStatusError as error:
-            if error.status_code == 412:
-                return False
-            raise
-        if not beat.lease_extended:
-            return False
-        await work.stop(item.id, environment_id=self._environment_id, force=True)
-        reason = "acked and never claimed: stopped, so that it can be queued again"
-        _log.warning(log.line("healed", session=item.data.id, work=item.id, reason=reason))
         return True
 
     async def _awaited(self, session_id: str) -> frozenset[str]:
@@ -193,6 +183,7 @@ class Healer:
                 treated |= _is_ours(event) and self._age(event.processed_at) < stopped_for
             elif event.type == "user.custom_tool_result":
                 answered.add(event.custom_tool_use_id)
+                treated |= _is_ours(event) and self._age(event.processed_at) < stopped_for
             elif event.type == "user.tool_confirmation":
                 verdicts[event.tool_use_id] = event.result
             elif event.type == "session.thread_status_terminated":
@@ -200,28 +191,32 @@ class Healer:
         open_calls = awaited - answered
         # A call made since the items were listed may have a runner that was launched since.
         ours = [
-            call.id
+            call
             for call in calls.values()
             if call.id in open_calls
             and call.session_thread_id not in ended_threads
-            and _is_ours_to_answer(call, verdicts)
+            and self._is_ours_to_answer(call, verdicts)
             and self._age(call.processed_at) > STOPPED_SECONDS
         ]
         return Strand(tuple(ours), treated, others_wait=len(ours) < len(open_calls))
 
-
-def _is_ours_to_answer(event: Any, verdicts: dict[str, str]) -> bool:
-    """A call of the agent toolset that was allowed, by a rule or by a person."""
-    if event.type != "agent.tool_use" or event.name not in OWNED_TOOLS:
-        return False
-    permission = event.evaluated_permission
-    return permission == "allow" or (permission == "ask" and verdicts.get(event.id) == "allow")
+    def _is_ours_to_answer(self, event: Any, verdicts: dict[str, str]) -> bool:
+        """A call that a runner would have run: of a custom tool of ours, or of the agent toolset and allowed, by a rule
+        or by a person."""
+        if event.type == "agent.custom_tool_use":
+            return event.name in self._own_tools
+        if event.type != "agent.tool_use" or event.name not in OWNED_TOOLS:
+            return False
+        permission = event.evaluated_permission
+        return permission == "allow" or (permission == "ask" and verdicts.get(event.id) == "allow")
 
 
 def _is_ours(result: Any) -> bool:
     return any(getattr(block, "text", None) == LOST for block in result.content or [])
 
 
-def _error_result(tool_use_id: str) -> dict[str, Any]:
-    content = [{"type": "text", "text": LOST}]
-    return {"type": "user.tool_result", "tool_use_id": tool_use_id, "is_error": True, "content": content}
+def _error_result(call: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = {"is_error": True, "content": [{"type": "text", "text": LOST}]}
+    if call.type == "agent.custom_tool_use":
+        return {"type": "user.custom_tool_result", "custom_tool_use_id": call.id, **answer}
+    return {"type": "user.tool_result", "tool_use_id": call.id, **answer}

@@ -61,6 +61,14 @@ def seconds(value: str) -> float:
     return number
 
 
+def names(value: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    found = tuple(name for part in value.split(",") if (name := part.strip()))
+    if not all(re.fullmatch(r"[\w.\-]{1,128}", name, re.ASCII) for name in found):
+        raise ValueError("expected names with commas between them")
+    return found
+
+
 def url(value: str) -> str:
     """An http or https URL, without a trailing slash."""
     try:
@@ -176,14 +184,14 @@ class Settings:
     )
     max_idle_seconds: float = setting(
         "SANDBOX_MAX_IDLE_SECONDS",
-        "How long a runner stays after a turn has ended, for the next message.",
+        "How long a runner stays for the next message: after a turn has ended, or before there was any.",
         parse=seconds,
         default=60.0,
     )
     max_wait_seconds: float = setting(
         "SANDBOX_MAX_WAIT_SECONDS",
-        "How long a runner stays while only somebody else can go on: a person's confirmation, another client's tool, a"
-        " first message. What comes later gets a runner again.",
+        "How long a runner stays while only somebody else can go on: a person's confirmation, another client's tool."
+        " What comes later gets a runner again.",
         parse=seconds,
         default=1800.0,
     )
@@ -201,6 +209,13 @@ class Settings:
     )
     tools: str | None = setting(
         "SANDBOX_TOOLS", "Custom tools for the runner: `module:function`, importable in the sandbox.", default=None
+    )
+    tool_names: tuple[str, ...] = setting(
+        "SANDBOX_TOOL_NAMES",
+        "The names of the tools behind SANDBOX_TOOLS, with commas between them. Their calls are answered, too, when a"
+        " sandbox is lost; to the host they otherwise look like those of another client.",
+        parse=names,
+        default=(),
     )
 
     @property

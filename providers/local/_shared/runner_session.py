@@ -18,7 +18,7 @@ from anthropic.lib.environments import EnvironmentWorker
 
 from .runner_answers import Answers
 from .runner_claim import CALL_TIMEOUT_SECONDS, SETTLE_SECONDS, NotOurs, ack_and_claim, beat, open_api
-from .runner_events import OWNED_TOOLS, EventLog, read_log, turn_is_over
+from .runner_events import EventLog, read_log, turn_is_over
 from .runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK, RunnerJob
 from .runner_journal import DIRECTORY, Journal
 from .runner_lease import NO_HEARTBEAT, Lease, LeaseMiddleware, first_of
@@ -82,8 +82,10 @@ class Session:
         self._lease = Lease(on_beat=lambda beat: lock.say(self._phase, beat))
         self._log = EventLog()
         self._journal = Journal(journal_directory or workdir / DIRECTORY)
-        self._guard = Guard(self._lease, leaving, emit, kill, log=self._log, journal=self._journal, mark=mark)
-        self._patience = Patience(self._log, self._guard, job.max_wait_seconds)
+        self._guard = Guard(
+            self._lease, leaving, emit, kill, log=self._log, journal=self._journal, mark=mark, named=job.tool_names
+        )
+        self._patience = Patience(self._log, self._guard, job.max_wait_seconds, first=job.max_idle_seconds)
         self._middleware = LeaseMiddleware(self._lease, self._may_stop, self._log)
         self._client = open_api(job, self._middleware, max_retries=max_retries, timeout=60.0)
         self._answers = Answers(self._api.with_options(max_retries=max_retries), job, emit)
@@ -276,7 +278,7 @@ class Session:
         if not stopped:
             return False
         text = f"the sandbox could not be set up for this session ({failure}); nothing was run"
-        pending = [call for call in log.open.values() if call.name in OWNED_TOOLS and not call.is_custom]
+        pending = [call for call in log.open.values() if call.is_ours(self._job.tool_names)]
         await self._answers.send([call.error(text) for call in pending])
         return True
 

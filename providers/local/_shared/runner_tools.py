@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,9 @@ class Guard:
         log: EventLog,
         journal: Journal,
         mark: Mark = lambda: lambda: None,
+        named: Collection[str] = (),
     ) -> None:
+        self._named = named
         self._lease = lease
         self._log = log
         self._journal = journal
@@ -106,6 +108,9 @@ class Guard:
             self.is_set_up = True
             bare = [*beta_agent_toolset_20260401(context), *custom(context)]
             self.owned = OWNED_TOOLS.union(tool.name for tool in bare)
+            if unnamed := sorted(self.owned.difference(OWNED_TOOLS, self._named)):
+                reason = "not in SANDBOX_TOOL_NAMES: nobody answers their calls when this sandbox is lost"
+                self._emit("unnamed", tools=unnamed, reason=reason)
             return [*bare, *(GuardedTool(tool, self) for tool in bare)]
 
         return build

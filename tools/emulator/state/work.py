@@ -246,7 +246,7 @@ class WorkQueue:
         return self._leases.first()
 
     def _lapses_at(self, item: WorkItem) -> datetime | None:
-        if item.expires_at is None or self._items.get(item.id) is not item:
+        if item.expires_at is None or self._items.get(item.id) is not item or self._switches.lease_lapse == "never":
             return None
         return self._sweep_after(item.expires_at)
 
