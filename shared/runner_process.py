@@ -3,8 +3,9 @@
 The agent's shell runs as the same user as the runner. A non-dumpable process keeps its memory, environment and open
 files from its own uid; only root can still look, which is why an image of ours runs the runner as an ordinary user.
 Until `hide` there is a window, the start of the interpreter: a process of the agent's that was there before us can open
-our files in it. A runner that follows another in a sandbox kills nothing at its start, so an image that must close the
-window starts it as another user, or by a parent that is not dumpable already. The job itself is read after `hide`.
+our files and our memory in it, and keeps what it has opened. A runner that follows another in a sandbox kills nothing
+at its start, so a sandbox that must close the window has it born hidden: by an interpreter that its user may execute
+and not read (mode 0711), or forked, without an exec, from a process that is hidden. The job is read after `hide`.
 
 Being a child subreaper keeps every process of the agent, also one that left its group and session, below us where we
 find it.
@@ -47,40 +48,38 @@ def hear_signals() -> None:
 
 
 class OomDescent:
-    """When memory runs out, the kernel kills what the agent started before the runner: who is started gets a higher
-    score. A child has its parent's at the fork, and nobody may lower a score below where root has put it; so ours goes
-    up just before each start, and down again on the event loop's next turn. A start from a thread may miss it."""
+    """When memory runs out, the kernel kills what the agent started before the runner: each child of ours gets a higher
+    score than we have, and what it starts inherits that. A hidden process cannot write its own score and a child has
+    its parent's at first; so it is written from outside, on the event loop's next turn after the start, before the
+    child is told anything. A start from a thread may miss it."""
 
-    def __init__(self, descriptor: int | None) -> None:
-        self._descriptor = descriptor
-        self._own = b"0" if descriptor is None else os.pread(descriptor, 16, 0).strip()
-
-    @classmethod
-    def open(cls) -> OomDescent:
-        try:
-            return cls(os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC))
-        except OSError:
-            return cls(None)  # no such thing here, or not ours to set
+    def __init__(self) -> None:
+        self._own = _oom_score("self")
 
     def install(self) -> None:
         """From now on, for as long as the process lives."""
-        if self._descriptor is not None:
+        if self._own is not None:
             sys.addaudithook(self._on_event)
 
     def _on_event(self, event: str, arguments: tuple[object, ...]) -> None:
         if event != "subprocess.Popen":
             return
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return
-        self._write(str(min(int(self._own) + _OOM_STEP, _OOM_MOST)).encode())
-        loop.call_soon(self._write, self._own)
+        with contextlib.suppress(RuntimeError):  # a start from a thread
+            asyncio.get_running_loop().call_soon(self._raise_children)
 
-    def _write(self, score: bytes) -> None:
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._descriptor, score, 0)
+    def _raise_children(self) -> None:
+        me = os.getpid()
+        for pid, parent, _ in _processes():
+            if parent == me and self._own is not None and _oom_score(pid) == self._own:
+                with contextlib.suppress(OSError):  # gone, or hidden by itself
+                    Path(f"/proc/{pid}/oom_score_adj").write_text(str(min(self._own + _OOM_STEP, _OOM_MOST)))
+
+
+def _oom_score(pid: int | str) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    except OSError:
+        return None  # gone, or there is no such thing here
 
 
 def adopt_orphans() -> None:
@@ -131,8 +130,9 @@ def kill_tree(pid: int) -> None:
 
 
 def terminate(pid: int) -> None:
-    """SIGTERM, to a process that may be gone already."""
+    """SIGTERM, to a process that may be gone already, or that the agent has stopped."""
     _signal(pid, signal.SIGTERM)
+    _signal(pid, signal.SIGCONT)
 
 
 def mark() -> Callable[[], int]:

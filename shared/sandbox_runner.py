@@ -45,7 +45,7 @@ from .runner_job import (
     RunnerJob,
     read_job,
 )
-from .runner_lock import LeaseState, Lock, LockHeld, take_over
+from .runner_lock import LeaseState, Lock, LockHeld, open_to_us, take_over
 from .runner_secrets import RedactingFormatter, guard_output, redact
 
 _REAP_SECONDS = 60.0
@@ -85,12 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(job_file: Path | None) -> tuple[int, str]:
     _log_to_stderr()
-    descent = runner_process.OomDescent.open()  # before hiding, which closes this file to ourselves
     try:
         runner_process.hide()
     except OSError as error:
         return EXIT_CANNOT_RUN, f"the runner cannot be hidden from the agent's shell: {error.strerror}"
-    descent.install()
+    runner_process.OomDescent().install()
     runner_process.adopt_orphans()
     runner_process.hear_signals()
     stdin = None if job_file or sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer
@@ -101,6 +100,7 @@ def _run(job_file: Path | None) -> tuple[int, str]:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
         workdir().mkdir(parents=True, exist_ok=True)
+        open_to_us(workdir())
     except OSError as error:
         return EXIT_CANNOT_RUN, f"SANDBOX_WORKDIR cannot be used: {error.strerror}"
     try:

@@ -156,14 +156,18 @@ async def test_a_holder_whose_item_is_queued_again_is_told_to_leave(hold: Hold, 
     assert holder.wait() == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("how", ["deaf", "stopped"])
-async def test_a_hung_holder_is_killed_with_its_tree_after_the_grace(hold: Hold, tmp_path: Path, how: str) -> None:
-    holder = hold("claimed", how, "parent")
+async def test_a_holder_that_the_agent_has_stopped_goes_on_and_leaves_at_once(hold: Hold, tmp_path: Path) -> None:
+    holder = hold("claimed")
+    await stopped(holder.pid)
+    assert await take_over(Lock(tmp_path), answering(QUEUED))
+    assert holder.wait() == -signal.SIGTERM  # not SIGKILL: a real one saves what it has
+
+
+async def test_a_hung_holder_is_killed_with_its_tree_after_the_grace(hold: Hold, tmp_path: Path) -> None:
+    holder = hold("claimed", "deaf", "parent")
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
     assert holder.stdout.readline() == "held\n"
-    if how == "stopped":
-        await stopped(holder.pid)
     taking = asyncio.create_task(take_over(Lock(tmp_path), answering(QUEUED), grace_seconds=0.6))
     await asyncio.wait([taking], timeout=0.3)
     assert holder.poll() is None  # not before the grace is over
@@ -197,6 +201,37 @@ async def test_a_record_that_names_nobody_gets_nobody_signalled(tmp_path: Path, 
     os.close(held)
 
 
+@pytest.mark.parametrize("what", ["directory", "pipe", "link", "state"])
+def test_what_is_no_lock_is_moved_aside(tmp_path: Path, what: str) -> None:
+    directory = tmp_path / "state"
+    path = directory / "runner.lock"
+    bystander = tmp_path / "bystander"
+    bystander.write_text("precious")
+    if what == "state":
+        directory.touch()
+    else:
+        directory.mkdir()
+    if what == "directory":
+        (path / "not" / "empty").mkdir(parents=True)
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "link":
+        path.symlink_to(bystander)
+    lock = Lock(directory)
+    assert lock.try_take()
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert bystander.read_text() == "precious"
+    lock.release()
+
+
+def test_a_lock_that_is_held_is_not_moved_aside(hold: Hold, tmp_path: Path) -> None:
+    hold("claimed")
+    (tmp_path / "runner.lock").chmod(0)
+    tmp_path.chmod(0)
+    assert not Lock(tmp_path).try_take()
+    assert os.listdir(tmp_path) == ["runner.lock"]
+
+
 def test_what_a_dead_holder_or_the_agent_wrote_is_not_said_of_the_next_one(tmp_path: Path) -> None:
     (tmp_path / "runner.lock").write_bytes(b"x" * 4096)
     lock = Lock(tmp_path)
@@ -213,12 +248,9 @@ def test_a_holder_reads_as_it_was_said(hold: Hold, tmp_path: Path) -> None:
     assert Lock(tmp_path).holder() == Holder("claimed", holder.pid, BEAT)
 
 
-def test_a_symlink_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "target").write_text("precious")
+def test_a_symlink_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text('{"phase": "claimed", "pid": 4242, "last_heartbeat": null}')
     (tmp_path / "runner.lock").symlink_to(tmp_path / "target")
-    with pytest.raises(OSError, match="symbolic links"):
-        Lock(tmp_path).try_take()
-    assert (tmp_path / "target").read_text() == "precious"
     assert Lock(tmp_path).holder() is None
 
 
@@ -280,7 +312,7 @@ async def test_the_second_of_two_runners_is_not_needed(emulator: Emulator, start
 async def test_a_newcomer_takes_over_from_a_hung_runner_whose_item_is_queued_again(
     emulator: Emulator, start: Start, pair: Any, tmp_path: Path
 ) -> None:
-    """SIGSTOPped, so deaf for SIGTERM; the newcomer kills it and its shell, and serves."""
+    """SIGSTOPped, by its agent say; the newcomer wakes it, it finds its lease lost and ends its shell."""
     session_id, first, _ = pair
     emulator.say(session_id, "![ -e shell ] || { echo $$ > shell; sleep 300; }; echo served")
     shell = int(await wait_file(tmp_path / "workspace" / "shell"))
@@ -289,9 +321,9 @@ async def test_a_newcomer_takes_over_from_a_hung_runner_whose_item_is_queued_aga
     job = await job_values(emulator, emulator.url)
     lock = Lock(tmp_path / "state")
     async with open_api(parse_job(job)) as api:
-        assert await take_over(lock, lambda: probe(api, parse_job(job)), grace_seconds=0.5)
+        assert await take_over(lock, lambda: probe(api, parse_job(job)))
     lock.release()
-    assert (await first.exit())[0] == -signal.SIGKILL
+    assert (await first.exit())[0] == EXIT_LEASE_LOST
     assert not is_alive(shell)
     second = await start(job)
     await wait_idle(emulator, session_id)

@@ -306,8 +306,7 @@ async def test_directories_that_cannot_be_used_are_69_and_named(start: Start, tm
         EXIT_CANNOT_RUN,
         "SANDBOX_STATE_DIR cannot be used: Not a directory",
     )
-    (tmp_path / "state" / "runner.lock").symlink_to(tmp_path / "file")
-    code, reason = await _exit(start, GOOD)
+    code, reason = await _exit(start, GOOD, SANDBOX_STATE_DIR="/proc")
     assert code == EXIT_CANNOT_RUN
     assert reason.startswith("the lock in SANDBOX_STATE_DIR cannot be used")
 

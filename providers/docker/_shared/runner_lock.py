@@ -9,9 +9,11 @@ cannot match.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -54,13 +56,16 @@ class Lock:
     """The lock of one sandbox."""
 
     def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            _move_aside(directory)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        open_to_us(directory)
         self._path = directory / "runner.lock"
         self._descriptor: int | None = None
 
     def try_take(self) -> bool:
         """Takes the lock when it is free, and says `loading`."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = self._open()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -70,6 +75,15 @@ class Lock:
         self._descriptor = descriptor
         self.say("loading", None)
         return True
+
+    def _open(self) -> int:
+        """The lock file. What else the agent may have put in its place nobody can hold a lock on: it is moved aside."""
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(self._path).st_mode):
+                _move_aside(self._path)
+            elif not os.access(self._path, os.R_OK | os.W_OK):
+                self._path.chmod(0o600)
+        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
 
     def say(self, phase: Phase, last_heartbeat: str | None) -> None:
         """Records what the holder is doing. One write over the old record, so it also works on a full disk; a reader
@@ -101,6 +115,18 @@ class Lock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def open_to_us(directory: Path) -> None:
+    """Undoes that the agent, who is the same user, has shut a directory that the session needs."""
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        with contextlib.suppress(PermissionError):  # not ours
+            directory.chmod(stat.S_IMODE(directory.stat().st_mode) | stat.S_IRWXU)
+
+
+def _move_aside(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(path.with_name(f"{path.name}.{os.urandom(8).hex()}"))
 
 
 async def take_over(
