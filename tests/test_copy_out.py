@@ -32,6 +32,7 @@ SERVER = ["main.py", "--host", "127.0.0.1", "--port", "0", "--no-poll"]
 SERVERS: dict[str, dict[str, str] | None] = {
     "docker": {"DOCKER_IMAGE": "{image}"},
     "local": {"LOCAL_ROOT": "{directory}/sandboxes", "ALLOW_UNISOLATED_TOOLS": "true"},
+    "modal": None,
 }
 SERVED = [
     pytest.param(name, marks=docker_support.needs_docker if name == "docker" else [])
@@ -58,7 +59,7 @@ def _uv() -> str:
     return str(beside) if beside.is_file() else shutil.which("uv") or "uv"
 
 
-def _copy_out(folder: Path, directory: Path) -> Copy:
+def copy_out(folder: Path, directory: Path) -> Copy:
     copy, environment = directory / folder.name, directory / "environment"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".env"))
     environ = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "VIRTUAL_ENV"}}
@@ -84,7 +85,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Copy]:
 def copy(request: pytest.FixtureRequest, copies: dict[str, Copy], tmp_path_factory: pytest.TempPathFactory) -> Copy:
     name = request.param
     if name not in copies:
-        copies[name] = _copy_out(ROOT / "providers" / name, tmp_path_factory.mktemp("copy"))
+        copies[name] = copy_out(ROOT / "providers" / name, tmp_path_factory.mktemp("copy"))
     return copies[name]
 
 

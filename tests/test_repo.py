@@ -157,11 +157,15 @@ def test_no_exception_is_caught_unnamed() -> None:
     assert _nodes(SHIPPED, broad) == []
 
 
+# Entry points of a folder: what a host, a platform or a sandbox starts, and the example of a tool with a secret.
+READS_ENVIRONMENT = {"main.py", "app.py", "sandbox_init.py", "inventory.py"}
+
+
 def _may_read_the_environment(path: Path) -> bool:
     inside = path.relative_to(ROOT)
     if inside.parts[0] == "shared":
         return inside.name in {"settings.py", "sandbox_runner.py", "worker.py"} or inside.name.startswith("runner_")
-    return inside.parts[0] == "tools" or inside.name == "main.py"
+    return inside.parts[0] == "tools" or inside.name in READS_ENVIRONMENT
 
 
 def test_the_environment_is_read_in_few_places() -> None:

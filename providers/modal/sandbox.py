@@ -1,0 +1,427 @@
+"""The Modal provider: a sandbox is a Modal Sandbox named after its session, its files are a directory of one Volume.
+
+The name is the lock: Modal lets one running sandbox of an app have it. The sandbox ends when no runner was in it for a
+while (Modal's idle timeout, which a running command keeps off) and at the latest after its lifetime, which Modal cannot
+prolong: `acquire` replaces one whose time is short, and `sandbox_init.py` lets a runner hand over before it is up. The
+directory stays until `release`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import modal
+import modal.exception
+
+from _shared.errors import LaunchFailed, SettingsError
+from _shared.provider import Launch, SandboxInfo, Started, read_ready
+from _shared.settings import Settings, load, seconds, setting
+from image import INSIDE, sandbox_image
+
+APP = "sandboxes"  # the app's name at Modal: another one for each environment that you serve
+VOLUME = "sandboxes-workspaces"
+WORKSPACE = "/workspace"
+LONGEST_LIFETIME_SECONDS = 86_400  # Modal's limit
+SHORTEST_LIFETIME_SECONDS = 600
+HANDOVER_SECONDS = 120  # before the end of its lifetime a sandbox lets its runner hand over
+RENEW_SECONDS = 1_800  # an idle sandbox that has less left than this, or a quarter of its lifetime, is replaced
+SHORTEST_IDLE_SECONDS = 10  # between `acquire` and `start` no command runs, and Modal may end the sandbox
+CREATE_SECONDS = 60.0
+EXEC_SECONDS = 30.0
+CALLS_AT_ONCE = 16
+_ATTEMPTS = 4
+_INIT = ("python", "-I", f"{INSIDE}/sandbox_init.py")
+_NAME = re.compile(r"(?!ap-[a-zA-Z0-9]{22}$)[A-Za-z0-9_.-]{1,63}\Z")  # what Modal takes for a sandbox's name and a tag
+_RUNNING = None  # what `poll` says of a sandbox that has not ended
+
+# What Modal's client raises: whether the same call may succeed within seconds, and what to do where it will not. The
+# first that fits decides. What is not here is a bug and propagates.
+_ERRORS: tuple[tuple[type[Exception], bool, str], ...] = (
+    (modal.exception.AuthError, False, "Modal does not accept the token: it was revoked, or is of another workspace"),
+    (modal.exception.PermissionDeniedError, False, "Modal's token may not do this"),
+    (modal.exception.ResourceExhaustedError, True, "Modal's limit for this workspace is reached"),
+    (modal.exception.AlreadyExistsError, True, "the session's name is taken by a sandbox that cannot be found yet"),
+    (modal.exception.NotFoundError, True, "the sandbox is gone"),
+    (modal.exception.ConflictError, True, "the sandbox has ended"),
+    (modal.exception.InvalidError, False, "Modal refuses what the SANDBOX_* settings ask for"),
+    (modal.exception.RemoteError, False, "the sandboxes' image cannot be built: see `modal app logs`"),
+    (modal.exception.VersionError, False, "Modal no longer serves this version of its client"),
+    (modal.exception.UnimplementedError, False, "Modal does not know this call"),
+    (modal.exception.SandboxTerminatedError, True, "the sandbox was terminated"),
+    (modal.exception.ClientClosed, True, "the connection to the sandbox is closed"),
+    (modal.exception.TimeoutError, True, "Modal did not answer in time"),
+    (modal.exception.ConnectionError, True, "Modal cannot be reached"),
+    (modal.exception.ServiceError, True, "Modal is unavailable"),
+    (modal.exception.InternalError, True, "Modal has an internal error"),
+    (modal.exception.DataLossError, True, "Modal lost data of this call"),
+    (TimeoutError, True, "Modal did not answer in time"),
+    (ConnectionError, True, "Modal cannot be reached"),
+)
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _hosts(value: str) -> tuple[str, ...]:
+    hosts = _names(value)
+    if not all(re.fullmatch(r"(\*\.)?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", host) for host in hosts):
+        raise ValueError("expected host names separated by commas, without https:// and ports")
+    return hosts
+
+
+class Amount(NamedTuple):
+    """What a sandbox is sure to get, and the most it may use."""
+
+    request: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.request:g},{self.limit:g}"
+
+
+def _amount(value: str) -> Amount:
+    request, _, limit = value.partition(",")
+    amount = Amount(float(request), float(limit or request))
+    if not 0 < amount.request <= amount.limit < float("inf"):
+        raise ValueError(
+            "expected a number above 0, or two with a comma: the request, and a limit that is not below it"
+        )
+    return amount
+
+
+def _lifetime(value: str) -> float:
+    number = seconds(value)
+    if not SHORTEST_LIFETIME_SECONDS <= number <= LONGEST_LIFETIME_SECONDS:
+        raise ValueError(f"expected {SHORTEST_LIFETIME_SECONDS} to {LONGEST_LIFETIME_SECONDS} seconds")
+    return number
+
+
+@dataclass(frozen=True)
+class ModalSettings:
+    """What this provider needs beside the shared settings."""
+
+    cpu: Amount = setting(
+        "SANDBOX_CPU",
+        "Physical cores of a sandbox: what it is sure to get, and after a comma what it may use at most.",
+        parse=_amount,
+        default=Amount(0.5, 2),
+    )
+    memory_mb: Amount = setting(
+        "SANDBOX_MEMORY_MB",
+        "Memory of a sandbox in MiB: what it is sure to get, and after a comma its limit.",
+        parse=_amount,
+        default=Amount(512, 2048),
+    )
+    gpu: str | None = setting(
+        "SANDBOX_GPU", "A GPU for each sandbox, as Modal names them: `T4`, `A100:2`.", default=None
+    )
+    regions: tuple[str, ...] | None = setting(
+        "SANDBOX_REGIONS",
+        "Where sandboxes may run: Modal's region names separated by commas. Unset: wherever there is room.",
+        parse=_names,
+        default=None,
+    )
+    allowed_hosts: tuple[str, ...] | None = setting(
+        "SANDBOX_ALLOWED_HOSTS",
+        "The host names a sandbox may connect to, separated by commas; `*.` in front covers subdomains. The API is"
+        " always among them. Unset: everywhere.",
+        parse=_hosts,
+        default=None,
+    )
+    proxy: str | None = setting(
+        "SANDBOX_PROXY", "The name of a Modal Proxy through which sandboxes connect, for a fixed address.", default=None
+    )
+    lifetime_seconds: float = setting(
+        "SANDBOX_LIFETIME_SECONDS",
+        "How long one sandbox may run, at most a day. Then its runner hands over and the session goes on in a new one.",
+        parse=_lifetime,
+        default=float(LONGEST_LIFETIME_SECONDS),
+    )
+    tool_secrets: tuple[str, ...] | None = setting(
+        "SANDBOX_TOOL_SECRETS",
+        "Modal Secrets, separated by commas, that the runner gets as environment variables, for custom tools. What no"
+        " tool takes out of the environment when it is loaded, the agent can read.",
+        parse=_names,
+        default=None,
+    )
+
+
+def open_provider(
+    environ: Mapping[str, str],
+    settings: Settings,
+    *,
+    app: modal.App | None = None,
+    image: modal.Image | None = None,
+    client: modal.Client | None = None,
+) -> ModalProvider:
+    """The provider as the environment describes it; `app` and `image` are those of the function this runs in. Without
+    them, on a machine of your own, the app is looked up or made, and the image built. Raises `SettingsError`."""
+    if not _NAME.match(settings.environment_id):
+        raise SettingsError("ANTHROPIC_ENVIRONMENT_ID is unusable: expected letters, digits, - and _")
+    return ModalProvider(load(ModalSettings, environ), settings, app=app, image=image, client=client)
+
+
+class ModalProvider:
+    """The sandboxes of one environment in one Modal app."""
+
+    name = "modal"
+
+    def __init__(
+        self,
+        own: ModalSettings,
+        settings: Settings,
+        *,
+        app: modal.App | None = None,
+        image: modal.Image | None = None,
+        client: modal.Client | None = None,
+        runner: PurePosixPath | None = None,
+    ) -> None:
+        self._own = own
+        self._settings = settings
+        self._app = app
+        self._image = image
+        self._client = client
+        self._runner = (str(runner),) if runner else ()
+        self._volume = modal.Volume.from_name(VOLUME, create_if_missing=True, version=2, client=client)
+        self._sessions: dict[str, str] = {}  # of the sandboxes seen, by sandbox id: tags do not change
+        self._last_used: dict[str, float] = {}  # of sessions that look unused and were looked at closely
+        self._calls = asyncio.Semaphore(CALLS_AT_ONCE)
+        self._opening: asyncio.Task[modal.App] | None = None
+
+    async def acquire(self, session_id: str) -> ModalSandbox:
+        """The session's sandbox, made if there is none, replaced if its time is short and no runner is in it."""
+        if not _NAME.match(session_id):
+            raise LaunchFailed("the session id cannot be the name of a sandbox", retriable=False)
+        with _mapped():
+            app = await self._opened()
+            for _ in range(_ATTEMPTS):
+                found = await self._find(session_id)
+                sandbox = found or await self._create(app, session_id)
+                if sandbox and await self._holds(sandbox):
+                    self._sessions[sandbox.object_id] = session_id
+                    return ModalSandbox(sandbox, created=not found, runner=self._runner, secrets=self._secrets())
+        raise LaunchFailed("the session's sandboxes end as soon as they are made", retriable=True)
+
+    async def renew(self, sandbox_id: str, seconds: float) -> None:
+        """Nothing: a running runner keeps Modal's idle timeout off, and a lifetime cannot be prolonged."""
+
+    async def sandboxes(self) -> AsyncIterator[SandboxInfo]:
+        """The running sandboxes, then the sessions of which only files are left."""
+        with _mapped():
+            app = await self._opened()
+            tags = {"environment": self._settings.environment_id}
+            listed = [each async for each in modal.Sandbox.list.aio(app_id=app.app_id, tags=tags, client=self._client)]
+            sessions = await asyncio.gather(*map(self._session, listed))
+            running = {session: each.object_id for session, each in zip(sessions, listed, strict=True) if session}
+            self._sessions = {sandbox_id: session for session, sandbox_id in running.items()}
+            for session, sandbox_id in running.items():
+                yield SandboxInfo(session, sandbox_id, time.time(), time.time(), running=True)
+            for entry in await self._listed(self._directory()):
+                session = PurePosixPath(entry.path).name
+                if session not in running:
+                    yield SandboxInfo(session, session, entry.mtime, await self._used(session, entry), running=False)
+
+    async def release(self, sandbox_id: str) -> None:
+        """Terminates the sandbox and deletes the session's files. Takes the id of either."""
+        with _mapped():
+            if sandbox_id.startswith("sb-"):
+                sandbox = await self._by_id(sandbox_id)
+                session = await self._session(sandbox) if sandbox else self._sessions.get(sandbox_id)
+            else:
+                session, sandbox = sandbox_id, await self._find(sandbox_id)
+            if sandbox:
+                await sandbox.terminate.aio(wait=True)
+            self._sessions.pop(sandbox_id, None)
+            self._last_used.pop(session or "", None)
+            if session and _NAME.match(session):
+                with contextlib.suppress(FileNotFoundError):
+                    await self._volume.remove_file.aio(self._directory(session), recursive=True)
+
+    # --- Modal's own objects -----------------------------------------------------------------------------------------
+
+    async def _opened(self) -> modal.App:
+        """The app, with its image built. Building takes minutes and is not given up with the launch that asked."""
+        if self._app is not None and self._image is not None:
+            return self._app
+        if self._opening is None or (self._opening.done() and (self._opening.cancelled() or self._opening.exception())):
+            self._opening = asyncio.create_task(self._open())
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> modal.App:
+        app = self._app or await modal.App.lookup.aio(APP, create_if_missing=True, client=self._client)
+        self._image = await (self._image or sandbox_image()).build.aio(app)
+        self._app = app
+        return app
+
+    async def _find(self, session_id: str) -> modal.Sandbox | None:
+        with contextlib.suppress(modal.exception.NotFoundError):
+            return await modal.Sandbox.from_name.aio(APP, session_id, client=self._client)
+        return None
+
+    async def _by_id(self, sandbox_id: str) -> modal.Sandbox | None:
+        with contextlib.suppress(modal.exception.NotFoundError):
+            return await modal.Sandbox.from_id.aio(sandbox_id, client=self._client)
+        return None
+
+    async def _create(self, app: modal.App, session_id: str) -> modal.Sandbox | None:
+        """A new sandbox, or None when somebody else made one meanwhile."""
+        own, lifetime = self._own, int(self._own.lifetime_seconds)
+        mount = self._volume.with_mount_options(sub_path=self._directory(session_id))
+        async with asyncio.timeout(CREATE_SECONDS):
+            with contextlib.suppress(modal.exception.AlreadyExistsError):
+                return await modal.Sandbox.create.aio(
+                    *_INIT,
+                    "wait",
+                    str(lifetime - HANDOVER_SECONDS),
+                    app=app,
+                    name=session_id,
+                    tags={"environment": self._settings.environment_id, "session": session_id},
+                    image=self._image,
+                    volumes={WORKSPACE: mount},
+                    workdir=WORKSPACE,
+                    timeout=lifetime,
+                    idle_timeout=max(int(self._settings.keep_warm_seconds), SHORTEST_IDLE_SECONDS),
+                    cpu=own.cpu,
+                    memory=(int(own.memory_mb.request), int(own.memory_mb.limit)),
+                    gpu=own.gpu,
+                    region=own.regions,
+                    outbound_domain_allowlist=self._allowed(),
+                    proxy=modal.Proxy.from_name(own.proxy, client=self._client) if own.proxy else None,
+                    client=self._client,
+                )
+        return None
+
+    async def _holds(self, sandbox: modal.Sandbox) -> bool:
+        """Whether the sandbox runs commands and has time left. One that is short of it and idle is ended."""
+        try:
+            async with asyncio.timeout(EXEC_SECONDS):
+                process = await sandbox.exec.aio(*_INIT, "hold", timeout=int(EXEC_SECONDS))
+                answer = await process.stdout.read.aio()
+                code = await process.wait.aio()
+        except (modal.exception.NotFoundError, modal.exception.ConflictError):
+            return False  # it ended meanwhile
+        if code:
+            if await sandbox.poll.aio() is _RUNNING:
+                raise LaunchFailed("the sandbox does not run commands", retriable=True)
+            return False
+        state = json.loads(answer)
+        if state["left"] > (0 if state["runs"] else min(RENEW_SECONDS, self._own.lifetime_seconds / 4)):
+            return True
+        if state["runs"]:
+            raise LaunchFailed("the sandbox's time is over and its runner hands over", retriable=True)
+        await sandbox.terminate.aio(wait=True)
+        return False
+
+    async def _session(self, sandbox: modal.Sandbox) -> str | None:
+        """The session of one of our sandboxes. Asked once: Modal's list does not say it."""
+        if known := self._sessions.get(sandbox.object_id):
+            return known
+        async with self._calls:
+            with contextlib.suppress(modal.exception.NotFoundError):
+                return (await sandbox.get_tags.aio()).get("session")
+        return None
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _directory(self, *below: str) -> str:
+        return str(PurePosixPath("/", self._settings.environment_id, *below))
+
+    async def _listed(self, directory: str) -> list[Any]:
+        with contextlib.suppress(modal.exception.NotFoundError, FileNotFoundError):
+            return await self._volume.listdir.aio(directory)
+        return []
+
+    async def _used(self, session_id: str, entry: Any) -> float:
+        """When the session's files were last used. Its directory's own time says that something was added or removed
+        there; one that looks unused is looked at more closely, in the runner's journal of begun calls."""
+        oldest = time.time() - self._settings.retention_seconds
+        if entry.mtime >= oldest:
+            return float(entry.mtime)
+        if self._last_used.get(session_id, 0.0) < oldest:
+            journal = await self._listed(self._directory(session_id, ".sandbox"))
+            self._last_used[session_id] = float(max([entry.mtime, *(each.mtime for each in journal)]))
+        return self._last_used[session_id]
+
+    # --- settings ----------------------------------------------------------------------------------------------------
+
+    def _allowed(self) -> Sequence[str] | None:
+        if self._own.allowed_hosts is None:
+            return None
+        return sorted({*self._own.allowed_hosts, urlsplit(self._settings.base_url).hostname or ""})
+
+    def _secrets(self) -> list[modal.Secret]:
+        return [modal.Secret.from_name(name, client=self._client) for name in self._own.tool_secrets or ()]
+
+    async def close(self) -> None:
+        """Nothing: the sandboxes are Modal's, and outlive this host."""
+
+
+class ModalSandbox:
+    """One session's sandbox."""
+
+    def __init__(
+        self, sandbox: modal.Sandbox, *, created: bool, runner: Sequence[str], secrets: Sequence[modal.Secret]
+    ) -> None:
+        self.id = sandbox.object_id
+        self.created = created
+        self._sandbox = sandbox
+        self._runner = runner
+        self._secrets = secrets
+
+    async def start(self, launch: Launch) -> Started:
+        """Writes the files, gives the job to a new runner's standard input, and reads what it says until it is ready.
+        The runner goes on when nobody reads any more."""
+        with _mapped():
+            if launch.files:
+                await self._put(launch.files)
+            process = await self._sandbox.exec.aio(*_INIT, "run", *self._runner, secrets=self._secrets, bufsize=1)
+            process.stdin.write(launch.stdin)
+            process.stdin.write_eof()
+            await process.stdin.drain.aio()
+            async with contextlib.aclosing(_lines(process.stdout)) as lines:
+                return await read_ready(lines)
+
+    async def tail(self, lines: int) -> str:
+        """The end of the runners' log, while the sandbox runs."""
+        with _mapped():
+            process = await self._sandbox.exec.aio("tail", "-n", str(lines), "/run/sandbox/runner.log")
+            return (await process.stdout.read.aio()).rstrip("\n")
+
+    async def _put(self, files: Mapping[str, bytes]) -> None:
+        process = await self._sandbox.exec.aio(*_INIT, "put")
+        process.stdin.write(json.dumps([(name, len(content)) for name, content in files.items()]) + "\n")
+        for content in files.values():
+            process.stdin.write(content)
+            await process.stdin.drain.aio()
+        process.stdin.write_eof()
+        await process.stdin.drain.aio()
+        if await process.wait.aio():
+            raise LaunchFailed("the session's files could not be written", retriable=False)
+
+
+async def _lines(stream: Any) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(aiter(stream)) as lines:
+        async for line in lines:
+            yield line.encode()
+
+
+@contextlib.contextmanager
+def _mapped() -> Iterator[None]:
+    """Turns what Modal's client raises into our error. Its text may hold parts of a request, so it stays the cause."""
+    try:
+        yield
+    except LaunchFailed:
+        raise
+    except tuple(kind for kind, _, _ in _ERRORS) as error:
+        _, retriable, reason = next(row for row in _ERRORS if isinstance(error, row[0]))
+        raise LaunchFailed(reason, retriable=retriable) from error
