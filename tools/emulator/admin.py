@@ -24,6 +24,7 @@ from .admin_params import (
     FaultBody,
     HealthcheckBody,
     ScriptBody,
+    SessionBody,
     SinceQuery,
     StopBody,
     WaitQuery,
@@ -31,8 +32,12 @@ from .admin_params import (
     WebhooksBody,
 )
 from .clock import stamp
-from .errors import EmulatorError, Invalid, envelope, status_of
-from .params import Params, parse
+from .errors import EmulatorError, Invalid, NotFound, envelope, status_of
+from .faults import ANY_OPERATION
+from .guard import check_origin
+from .live import overview_stream, session_stream, webhooks
+from .params import EventsBody, Params, parse
+from .routes import OPERATIONS
 from .scripts_yaml import steps_of
 from .state.ids import new_id
 from .switches import values_of
@@ -47,8 +52,9 @@ P = TypeVar("P", bound=Params)
 class Admin:
     """The operations; `routes` is the table of them."""
 
-    def __init__(self, emulator: Emulator) -> None:
+    def __init__(self, emulator: Emulator, *, is_local: bool) -> None:
         self._emulator = emulator
+        self._is_local = is_local
 
     def routes(self) -> list[Route]:
         return [Route(path, self._endpoint(name), methods=[method]) for method, path, name in TABLE]
@@ -58,7 +64,13 @@ class Admin:
 
         async def serve(request: Request) -> Response:
             try:
-                return JSONResponse(json.loads(json.dumps(await operation(request), default=_plain)))
+                check_origin(request, is_local=self._is_local)
+                result = await operation(request)
+                if isinstance(result, Response):
+                    return result
+                if request.method != "GET":
+                    self._emulator._engine.ring()
+                return JSONResponse(json.loads(json.dumps(result, default=_plain)))
             except EmulatorError as error:
                 return _refusal(error)
             except ValueError as error:
@@ -80,7 +92,7 @@ class Admin:
             "now": it.now(),
             "skew": it.clock.skew.total_seconds(),
             "switches": dataclasses.asdict(it.switches),
-            "webhooks": self._webhooks(),
+            "webhooks": webhooks(it),
             "sessions": it.session_ids(),
             "failed_expectations": it.failed_expectations(),
             "requests": len(it.requests),
@@ -104,10 +116,19 @@ class Admin:
     # Faults
 
     async def faults(self, request: Request) -> Json:
-        return {"data": [fault.shown() for fault in self._emulator.faults()]}
+        data = [fault.shown() for fault in self._emulator.faults()]
+        return {"data": data, "operations": [ANY_OPERATION, *sorted(OPERATIONS)]}
 
     async def clear_faults(self, request: Request) -> Json:
         self._emulator.clear_faults()
+        return await self.faults(request)
+
+    async def disarm(self, request: Request) -> Json:
+        fault_id = request.path_params["fault_id"]
+        try:
+            self._emulator.disarm(fault_id)
+        except KeyError as error:
+            raise NotFound(f"fault {fault_id} is not armed") from error
         return await self.faults(request)
 
     async def fault(self, request: Request) -> Json:
@@ -131,11 +152,7 @@ class Admin:
             self._emulator.webhooks_paused = body.paused
         if body.enabled:
             self._emulator.enable_webhooks()
-        return self._webhooks()
-
-    def _webhooks(self) -> Json:
-        it = self._emulator
-        return {"url": it.webhook_url, "paused": it.webhooks_paused, "disabled_reason": it.webhook_disabled_reason}
+        return webhooks(self._emulator)
 
     async def deliveries(self, request: Request) -> Json:
         return {"data": self._emulator.deliveries[_query(request, SinceQuery).since :]}
@@ -169,6 +186,24 @@ class Admin:
         steps = steps_of((await _body(request, ScriptBody)).steps)
         self._emulator.set_script(request.path_params["session_id"], steps)
         return {"steps": len(steps)}
+
+    async def create_session(self, request: Request) -> Json:
+        body = await _body(request, SessionBody)
+        with self._emulator.hold():
+            session_id = self._emulator.create_session(body.title, environment_id=body.environment_id)
+            if body.text is not None:
+                self._emulator.say(session_id, body.text)
+            return self._session(session_id)
+
+    async def send(self, request: Request) -> Json:
+        events = (await _body(request, EventsBody)).model_dump()["events"]
+        return {"data": self._emulator.send(request.path_params["session_id"], *events)}
+
+    async def live(self, request: Request) -> Response:
+        return overview_stream(self._emulator)
+
+    async def live_session(self, request: Request) -> Response:
+        return session_stream(self._emulator, request.path_params["session_id"])
 
     async def session(self, request: Request) -> Json:
         return self._session(request.path_params["session_id"])
@@ -205,6 +240,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("GET", "/_emulator/faults", "faults"),
     ("POST", "/_emulator/faults", "fault"),
     ("DELETE", "/_emulator/faults", "clear_faults"),
+    ("DELETE", "/_emulator/faults/{fault_id}", "disarm"),
     ("POST", "/_emulator/stream-cuts", "cut_stream"),
     ("POST", "/_emulator/webhook-faults", "webhook_fault"),
     ("GET", "/_emulator/webhooks", "webhooks"),
@@ -216,10 +252,14 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("POST", "/_emulator/healthchecks", "healthcheck"),
     ("POST", "/_emulator/environments", "environment"),
     ("POST", "/_emulator/script", "default_script"),
+    ("POST", "/_emulator/sessions", "create_session"),
     ("GET", _SESSION, "session"),
+    ("POST", _SESSION + "/events", "send"),
     ("POST", _SESSION + "/script", "script"),
     ("POST", _SESSION + "/stop", "stop"),
     ("GET", _SESSION + "/wait", "wait"),
+    ("GET", "/_emulator/live", "live"),
+    ("GET", _SESSION + "/live", "live_session"),
 )
 
 

@@ -59,6 +59,12 @@ class EnvironmentBody(Params):
     name: str = Field(default="another", min_length=1)
 
 
+class SessionBody(Params):
+    title: str | None = None
+    environment_id: str | None = None
+    text: str | None = Field(default=None, min_length=1)
+
+
 class StopBody(Params):
     force: bool = False
 

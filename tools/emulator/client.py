@@ -95,6 +95,9 @@ class AdminClient:
         data: list[Json] = self._get("/faults")["data"]
         return data
 
+    def disarm(self, fault_id: str) -> None:
+        self._request("DELETE", f"/faults/{fault_id}")
+
     def clear_faults(self) -> None:
         self._request("DELETE", "/faults")
 

@@ -38,6 +38,12 @@ class Clock:
         for listener in listeners:
             listener()
 
+    @property
+    def advanced(self) -> timedelta:
+        """How far it has been pushed forward in all."""
+        with self._lock:
+            return self._offset
+
     def on_jump(self, listener: Callable[[], None]) -> None:
         with self._lock:
             self._listeners.append(listener)

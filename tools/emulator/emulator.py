@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Self
 
-from . import replies
+from . import pages, replies
 from .admin import Admin
 from .agents import Step
 from .clock import Clock
@@ -17,7 +17,7 @@ from .faults import Faults
 from .params import EnvironmentCreateBody, EventsBody, SelfHosted, SessionCreateBody, parse
 from .requests import Control, RequestRecord
 from .routes import OPERATIONS, application
-from .server import Server
+from .server import LOOPBACK, Server
 from .shelf import Json, Shelf
 from .shown import ShownClock
 from .state import Event
@@ -84,8 +84,13 @@ class Emulator(Shelf, Troubles, Watch):
         if self._server is not None:
             raise RuntimeError("the emulator is running")
         control = Control(self._engine, self._credentials, self._faults, self._shown, self.requests)
+        is_local = self._host in LOOPBACK
         self._server = Server(
-            application(control, Admin(self).routes()), self._engine, self._webhooks, self._host, self._port
+            application(control, [*pages.routes(is_local=is_local), *Admin(self, is_local=is_local).routes()]),
+            self._engine,
+            self._webhooks,
+            self._host,
+            self._port,
         )
         self._faults.hang_up = self._server.hang_up
         self._server.start()

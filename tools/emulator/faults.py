@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .engine import Engine
+from .state.ids import new_id
 
 Kind = Literal["delay", "delay_request", "drop", "fail", "lose_response", "duplicate"]
 ANY_OPERATION = "*"
@@ -38,6 +39,8 @@ class Fault:
     after: int = 0
     hits: int = 0
     """How many requests have met it."""
+    id: str = field(default_factory=lambda: new_id("fault"))
+    """What `disarm` wants."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -87,6 +90,7 @@ class Cut:
     after_events: int = 0
     count: int = 1
     hits: int = 0
+    id: str = field(default_factory=lambda: new_id("fault"))
     _sent_before: dict[OpenStream, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +103,7 @@ class Cut:
 
     def shown(self) -> dict[str, Any]:
         after = {"session_id": self.session_id, "after_events": self.after_events}
-        return {"on": "stream", **after, "count": self.count, "hits": self.hits}
+        return {"on": "stream", **after, "count": self.count, "hits": self.hits, "id": self.id}
 
     def starts_at(self, streams: Collection[OpenStream]) -> None:
         self._sent_before = {stream: stream.sent for stream in streams}
@@ -137,6 +141,14 @@ class Faults:
         """What has not had all its hits."""
         with self._lock:
             return [*self._armed, *self._cuts]
+
+    def disarm(self, fault_id: str) -> bool:
+        """Whether there was one of this id."""
+        with self._lock:
+            before = len(self._armed) + len(self._cuts)
+            self._armed = [fault for fault in self._armed if fault.id != fault_id]
+            self._cuts = [cut for cut in self._cuts if cut.id != fault_id]
+            return len(self._armed) + len(self._cuts) < before
 
     def clear(self) -> None:
         with self._lock:

@@ -70,7 +70,7 @@ def _spelled(model: type[P], text: str, values: dict[str, Any], usage: str) -> P
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.emulator",
+        prog=f"python -m {__package__}",
         description="A local control plane for self-hosted environments. Prints one JSON line when it is ready: url, "
         "environment_id, environment_key, api_key, webhook_key, agent_id. What is not given is made up.",
         allow_abbrev=False,

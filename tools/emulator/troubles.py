@@ -85,6 +85,14 @@ class Troubles:
         """What is armed and has not had all its hits."""
         return [*self._faults.armed(), *self._webhooks.faults]
 
+    def disarm(self, fault_id: str) -> None:
+        """One of them, by its `id`; KeyError when it is not armed, or not any more."""
+        armed = [fault for fault in self._webhooks.faults if fault.id == fault_id]
+        for fault in armed:
+            self._webhooks.faults.remove(fault)
+        if not armed and not self._faults.disarm(fault_id):
+            raise KeyError(fault_id)
+
     def clear_faults(self) -> None:
         """Disarm all of them. What is already delayed or held back stays so."""
         self._faults.clear()
@@ -115,7 +123,7 @@ class Troubles:
             item = queue.of_session(session_id)
             if item is None or item.state != "queued":
                 raise ValueError(f"session {session_id} has no queued work item")
-            item.started_at = now
+            queue.reserve(item, now)
             queue.ack(item.id, now)
             queue.heartbeat(item.id, now, None, None)
             self._engine.world.changes += 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
+
+from .state.ids import new_id
 
 WebhookFaultKind = Literal["lose", "delay", "duplicate", "reorder"]
 
@@ -20,6 +22,7 @@ class WebhookFault:
     count: int = 1
     seconds: float = 0.0
     hits: int = 0
+    id: str = field(default_factory=lambda: new_id("fault"))
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(WebhookFaultKind):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.emulator import replies
-from tools.emulator.params import AgentCreateBody, EnvironmentCreateBody, EnvironmentUpdateBody, PageQuery
-from tools.emulator.requests import Call
+from .. import replies
+from ..params import AgentCreateBody, EnvironmentCreateBody, EnvironmentUpdateBody, PageQuery
+from ..requests import Call
 
 Json = dict[str, Any]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-from tools.emulator import replies
-from tools.emulator.list_params import EventListQuery, EventStreamQuery
-from tools.emulator.params import EventsBody
-from tools.emulator.requests import Call
-from tools.emulator.state import Event
-from tools.emulator.streams import stream
+from .. import replies
+from ..list_params import EventListQuery, EventStreamQuery
+from ..params import EventsBody
+from ..requests import Call
+from ..state import Event
+from ..streams import stream
 
 
 async def send_events(call: Call) -> dict[str, Any]:

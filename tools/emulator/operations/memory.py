@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.emulator import replies
-from tools.emulator.errors import Forbidden, NotFound
-from tools.emulator.memory_params import (
+from .. import replies
+from ..errors import Forbidden, NotFound
+from ..memory_params import (
     MOST_WITH_CONTENT,
     MemoryCreateBody,
     MemoryCreateQuery,
@@ -22,8 +22,8 @@ from tools.emulator.memory_params import (
     MemoryStoreUpdateBody,
     MemoryUpdateBody,
 )
-from tools.emulator.requests import BETA, Call
-from tools.emulator.state.memory import Memory, MemoryStore
+from ..requests import BETA, Call
+from ..state.memory import Memory, MemoryStore
 
 Json = dict[str, Any]
 MEMORY_BETA = "agent-memory-2026-07-22"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.emulator import replies
-from tools.emulator.errors import Invalid
-from tools.emulator.list_params import ResourceListQuery, SessionListQuery
-from tools.emulator.params import SessionCreateBody, SessionUpdateBody
-from tools.emulator.requests import Call
-from tools.emulator.state import Session
+from .. import replies
+from ..errors import Invalid
+from ..list_params import ResourceListQuery, SessionListQuery
+from ..params import SessionCreateBody, SessionUpdateBody
+from ..requests import Call
+from ..state import Session
 
 Json = dict[str, Any]
 

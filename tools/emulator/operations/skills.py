@@ -8,11 +8,11 @@ from typing import Any, cast
 
 from starlette.responses import Response
 
-from tools.emulator import replies
-from tools.emulator.errors import Invalid
-from tools.emulator.memory_params import SkillListQuery, SkillVersionListQuery
-from tools.emulator.requests import Call
-from tools.emulator.state.skills import SkillVersion
+from .. import replies
+from ..errors import Invalid
+from ..memory_params import SkillListQuery, SkillVersionListQuery
+from ..requests import Call
+from ..state.skills import SkillVersion
 
 Json = dict[str, Any]
 BY_EPOCH = "skills-2025-10-02"

@@ -6,12 +6,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-from tools.emulator import replies
-from tools.emulator.list_params import EventStreamQuery, ThreadEventListQuery, ThreadListQuery
-from tools.emulator.requests import Call
-from tools.emulator.state import Session
-from tools.emulator.state.threads import Thread
-from tools.emulator.streams import stream
+from .. import replies
+from ..list_params import EventStreamQuery, ThreadEventListQuery, ThreadListQuery
+from ..requests import Call
+from ..state import Session
+from ..state.threads import Thread
+from ..streams import stream
 
 Json = dict[str, Any]
 

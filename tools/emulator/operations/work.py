@@ -8,10 +8,10 @@ from typing import Any
 
 from starlette.responses import Response
 
-from tools.emulator import replies
-from tools.emulator.engine import wait_event
-from tools.emulator.params import HeartbeatQuery, PageQuery, PollQuery, StopBody, WorkUpdateBody
-from tools.emulator.requests import Call
+from .. import replies
+from ..engine import wait_event
+from ..params import HeartbeatQuery, PageQuery, PollQuery, StopBody, WorkUpdateBody
+from ..requests import Call
 
 Json = dict[str, Any]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tools.emulator.errors import Invalid
-from tools.emulator.params import Inbound, UserInterrupt, UserMessage
-from tools.emulator.switches import Switches
-
+from ..errors import Invalid
+from ..params import Inbound, UserInterrupt, UserMessage
+from ..switches import Switches
 from .sessions import Session
 from .work import WorkItem
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from tools.emulator.errors import Invalid
-from tools.emulator.params import AgentCreateBody, EnvironmentUpdateBody
-
+from ..errors import Invalid
+from ..params import AgentCreateBody, EnvironmentUpdateBody
 from .ids import new_id
 from .work import WorkQueue, merge
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tools.emulator.errors import Invalid
-from tools.emulator.params import CustomToolResult, Inbound, ToolConfirmation, UserInterrupt, UserToolResult
-from tools.emulator.switches import Switches
-
+from ..errors import Invalid
+from ..params import CustomToolResult, Inbound, ToolConfirmation, UserInterrupt, UserToolResult
+from ..switches import Switches
 from .answers import is_ignored
 from .sessions import OpenCall, Session
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from tools.emulator.errors import Conflict, Invalid, NotFound
-from tools.emulator.memory_params import MemoryStoreUpdateBody
-from tools.emulator.params import MOST_METADATA, MemoryStoreResource
-
+from ..errors import Conflict, Invalid, NotFound
+from ..memory_params import MemoryStoreUpdateBody
+from ..params import MOST_METADATA, MemoryStoreResource
 from .ids import new_id
 from .work import merge
 

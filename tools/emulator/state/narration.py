@@ -6,8 +6,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from tools.emulator.agents import Call, Delegate
-
+from ..agents import Call, Delegate
 from .sessions import OpenCall, Session, Turn
 from .threads import INPUT_TOKENS, OUTPUT_TOKENS, Thread
 

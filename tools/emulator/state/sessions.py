@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from tools.emulator.agents import Call, Step, ToolResult
-from tools.emulator.clock import stamp
-from tools.emulator.errors import NotFound
-
+from ..agents import Call, Step, ToolResult
+from ..clock import stamp
+from ..errors import NotFound
 from .ids import new_id
 from .threads import Event as Event
 from .threads import Meter, Thread

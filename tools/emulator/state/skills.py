@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from tools.emulator.errors import Invalid, NotFound
-
+from ..errors import Invalid, NotFound
 from .ids import new_id
 
 Archive = Literal["zip", "tar"]

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from tools.emulator.agents import Call, Delegate, End, Error, Say, Sleep, ToolResult, Tools, shell_agent
-from tools.emulator.errors import Invalid
-from tools.emulator.switches import Switches
-
+from ..agents import Call, Delegate, End, Error, Say, Sleep, ToolResult, Tools, shell_agent
+from ..errors import Invalid
+from ..switches import Switches
 from .agenda import Agenda
 from .narration import Narration, Notify, last_words
 from .sessions import Event, OpenCall, Session, Turn, text_of

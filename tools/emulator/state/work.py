@@ -10,10 +10,9 @@ import math
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from tools.emulator.clock import stamp
-from tools.emulator.errors import Conflict, HeartbeatPreconditionFailed, Invalid, NotFound
-from tools.emulator.switches import Switches
-
+from ..clock import stamp
+from ..errors import Conflict, HeartbeatPreconditionFailed, Invalid, NotFound
+from ..switches import Switches
 from .agenda import Agenda
 from .ids import new_id
 
@@ -162,6 +161,9 @@ class WorkQueue:
             del self._items[item.id]
             self._queued.pop(item.id, None)
 
+    def healthchecks(self) -> list[WorkItem]:
+        return [item for item in self._items.values() if item.kind == "healthcheck"]
+
     def newest_first(self) -> list[WorkItem]:
         return sorted(self._items.values(), key=lambda item: item.created_at, reverse=True)
 
@@ -181,10 +183,14 @@ class WorkQueue:
         """The oldest item nobody holds. It stays `queued`; `started_at` is stamped here, before the ack (recorded)."""
         for item in self._queued.values():
             if item.started_at is None or item.started_at + reclaim_after <= now:
-                item.started_at = now
-                item.note("reserved", now)
+                self.reserve(item, now)
                 return item
         return None
+
+    @staticmethod
+    def reserve(item: WorkItem, now: datetime) -> None:
+        item.started_at = now
+        item.note("reserved", now)
 
     def ack(self, work_id: str, now: datetime) -> WorkItem:
         """`queued` to `starting`. Any other ack changes nothing; its status is open, two switches."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from tools.emulator.agents import Step
-from tools.emulator.clock import stamp
-from tools.emulator.errors import Invalid, NotFound
-from tools.emulator.params import (
+from ..agents import Step
+from ..clock import stamp
+from ..errors import Invalid, NotFound
+from ..params import (
     MOST_METADATA,
     AgentCreateBody,
     AgentReference,
@@ -27,8 +27,7 @@ from tools.emulator.params import (
     UserMessage,
     UserToolResult,
 )
-from tools.emulator.switches import Switches
-
+from ..switches import Switches
 from .answers import refuse_when_stranded
 from .catalog import Agent, Environment
 from .ids import new_id

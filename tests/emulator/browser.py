@@ -1,0 +1,73 @@
+"""A headless Chromium that is installed on this machine, and its pages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tools.emulator import Emulator
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+APPLICATIONS = (
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+)
+PATIENCE_MILLISECONDS = 10_000.0
+DESKTOP = (1360, 860)
+
+Open = Callable[..., Page]
+
+
+def installed() -> str:
+    """Its path; without one the test is skipped, which is a failure on CI."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    found = found or next((path for path in APPLICATIONS if Path(path).exists()), None)
+    if found is None:
+        pytest.skip("no Chromium is installed, and the emulator's page is tested in one")
+    return found
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """One for a module, whose tests must all be plain functions: this holds the thread's event loop."""
+    path = installed()
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0  # for which Chromium has no sandbox
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if is_root else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Browser, emulator: Emulator) -> Iterator[Open]:
+    """`open_page("/sessions/sesn_1", scheme="dark", size=(390, 800))`: a page that is live.
+
+    Whatever it complains of on its console fails the test.
+    """
+    complaints: list[str] = []
+    pages: list[Page] = []
+
+    def open_(path: str = "/sessions", scheme: str = "light", size: tuple[int, int] = DESKTOP) -> Page:
+        width, height = size
+        page = chromium.new_page(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if scheme == "dark" else "light",
+        )
+        page.set_default_timeout(PATIENCE_MILLISECONDS)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        pages.append(page)
+        page.goto(f"{emulator.url}/#{path}")
+        page.locator('#live[data-state="live"]').wait_for()
+        return page
+
+    yield open_
+    for page in pages:
+        page.close()
+    if complaints:
+        pytest.fail(f"the page complained: {complaints}")
