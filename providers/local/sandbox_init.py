@@ -16,16 +16,21 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import gc
 import json
 import os
 import resource
+import runpy
 import signal
+import site
 import socket
 import struct
 import subprocess
 import sys
+import traceback
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final, NoReturn
 
 LOG_BYTES = 1 << 20  # the log starts over when it is larger
 _LINE_BYTES = 1 << 20
@@ -178,26 +183,53 @@ class Init:
         try:
             for path, content in files:
                 _put(Path(path), content)
-            pid, stdin, stdout = _spawn(request["argv"], request["env"])
+            pid, ended, stdin, stdout = await self._spawn(request["argv"], request["env"])
         except OSError as error:
             writer.write(f"the sandbox cannot start a runner: {error}\n".encode())
             return
-        self._runners[pid] = self._loop.create_future()  # before any await: the reaper must know it
         self._idle_until = self._loop.time()  # it was held for this start
         output = asyncio.StreamReader(limit=_LINE_BYTES)
         await self._loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(output), stdout)
         sink, _ = await self._loop.connect_write_pipe(asyncio.BaseProtocol, stdin)
         sink.write(job)
         sink.close()  # after the job is flushed
-        task = self._loop.create_task(self._attend(pid, output, writer))
+        task = self._loop.create_task(self._attend(pid, ended, output, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         await task
 
-    async def _attend(self, pid: int, output: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _spawn(self, argv: list[str], env: dict[str, str]) -> tuple[int, asyncio.Future[int], FileIO, FileIO]:
+        """Starts a runner: its pid, its exit code to come, its stdin, its stdout."""
+        started: asyncio.Future[int] = self._loop.create_future()
+        ended: asyncio.Future[int] = self._loop.create_future()
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as unless_started:
+            stdin_end, stdin = os.pipe()
+            stdout, stdout_end = os.pipe()
+            for descriptor in (stdin_end, stdout_end):
+                theirs.callback(os.close, descriptor)
+            for descriptor in (stdin, stdout):
+                unless_started.callback(os.close, descriptor)
+
+            def start() -> None:  # called by the loop: what is forked inside of a task would be inside of it for ever
+                try:
+                    pid = _START(argv, env, stdin_end, stdout_end)
+                except OSError as error:
+                    started.set_exception(error)
+                else:
+                    self._runners[pid] = ended  # at once: the reaper must know it
+                    started.set_result(pid)
+
+            self._loop.call_soon(start)
+            pid = await started
+            unless_started.pop_all()
+        return pid, ended, FileIO(stdin, "w"), FileIO(stdout)  # the event loop closes them
+
+    async def _attend(
+        self, pid: int, ended: asyncio.Future[int], output: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         """Passes a runner's output on to the log and to the client, and tidies up when the runner has ended."""
         pump = self._loop.create_task(self._pump(output, writer))
-        code = await self._runners[pid]
+        code = await ended
         await self._kill_leftovers()
         await asyncio.wait({pump}, timeout=1.0)  # with the leftovers gone, the pipe has no writer but a live runner's
         pump.cancel()
@@ -249,26 +281,67 @@ class Init:
             os.write(log, chunk)
 
 
-def _spawn(argv: list[str], env: dict[str, str]) -> tuple[int, IO[bytes], IO[bytes]]:
-    """Starts a program in a session of its own, with no descriptors but the two pipes: (pid, its stdin, its stdout)."""
-    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as unless_started:
-        stdin_end, stdin = os.pipe()
-        stdout, stdout_end = os.pipe()
-        for descriptor in (stdin_end, stdout_end):
-            theirs.callback(os.close, descriptor)
-        for descriptor in (stdin, stdout):
-            unless_started.callback(os.close, descriptor)
-        onto = ((stdin_end, 0), (stdout_end, 1), (stdout_end, 2))
-        pid = os.posix_spawn(
-            argv[0],
-            argv,
-            env,
-            file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for source, target in onto],
-            setsid=True,
-            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores them, and a child would inherit that
-        )
-        unless_started.pop_all()
-    return pid, open(stdin, "wb", 0), open(stdout, "rb", 0)  # the event loop closes them
+def _fork(argv: list[str], env: dict[str, str], stdin: int, stdout: int) -> int:
+    """Starts a runner in a session of its own, with no descriptors but the two: its pid.
+
+    Without an exec, after which a process can be looked into by its user until it hides itself: one that waited for
+    that moment could keep the runner's memory open and read the job. A fork of ours is hidden like we are.
+    """
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the loop's handlers are not for it
+    try:
+        pid = os.fork()
+        if not pid:
+            _become_runner(argv, env, stdin, stdout)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+
+
+def _become_runner(argv: list[str], env: dict[str, str], stdin: int, stdout: int) -> NoReturn:
+    """What an interpreter does at its start, in one that has started: `python -I <file> <arguments>`."""
+    code: object = 1
+    try:
+        gc.freeze()  # the loop and its connections are not ours to collect, that is, to close
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.setsid()
+        for source, target in ((stdin, 0), (stdout, 1), (stdout, 2)):
+            os.dup2(source, target)
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2:
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.close(int(name))
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.environ.clear()
+        os.environ.update(env)
+        site.main()  # we run without it: -S
+        sys.argv = argv[2:]
+        runpy.run_path(argv[2], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        if sys.exc_info()[0]:
+            traceback.print_exc()
+        with contextlib.suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _execute(argv: list[str], env: dict[str, str], stdin: int, stdout: int) -> int:
+    """The same by an exec, for systems where nothing hides a process and a fork without an exec is none to rely on."""
+    return os.posix_spawn(
+        argv[0],
+        argv,
+        env,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, source, target) for source, target in ((stdin, 0), (stdout, 1), (stdout, 2))
+        ],
+        setsid=True,
+        setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores them, and a child would inherit that
+    )
 
 
 def _put(path: Path, content: bytes) -> None:
@@ -320,6 +393,9 @@ def processes_by_ps() -> dict[int, tuple[int, int]]:
                 seconds = seconds * 60 + int(part)
             table[int(pid)] = (int(parent), -seconds - int(days or 0) * 86400)
     return table
+
+
+_START = _fork if sys.platform == "linux" else _execute
 
 
 async def _main(config: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A stand-in for the runner: says ready, runs the commands in its job, tells what they printed, and ends or lingers."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN if job.get("stubborn") else hand_ov
 sys.stdout.write('{"event": "ready"}\n')
 sys.stdout.flush()
 out = []
+if job.get("list_open"):  # what this process itself has open
+    found = [(number, Path("/proc/self/fd", number)) for number in os.listdir("/proc/self/fd")]
+    out.append("\n".join(f"{number} {link.readlink()}" for number, link in found if link.is_symlink()))
 for command in job["commands"]:
     with tempfile.TemporaryFile(dir=".") as printed:  # no pipe: what is left behind would hold it open
         subprocess.run(["/bin/bash", "-c", command], stdout=printed, stderr=printed)

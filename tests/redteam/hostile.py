@@ -210,12 +210,15 @@ def storage() -> Any:
 @functools.cache
 def scan() -> tuple[Found, str]:
     """Everything on any storage that can be read here, but for programs and libraries."""
-    skip = {"/proc", "/sys", "/dev/pts", "/usr", "/nix", "/lib", "/lib64", "/bin", "/sbin", sys.prefix, sys.base_prefix}
+    skip = {"/proc", "/sys", "/dev/pts", "/usr", "/nix", "/lib", "/lib64", "/bin", "/sbin"}
+    libraries = re.compile(r"(site|dist)-packages|python3\.\d+|node_modules|\.git")
     found: Found = set()
     read, deadline = 0, time.monotonic() + SCAN_SECONDS
     for place in CONFIG["places"]:
         for directory, names, files in os.walk(place):
-            names[:] = [name for name in names if os.path.join(directory, name) not in skip]
+            names[:] = [
+                name for name in names if os.path.join(directory, name) not in skip and not libraries.fullmatch(name)
+            ]
             for name in files:
                 if time.monotonic() > deadline:
                     raise Unclear(f"{read} files were read, and there were more than time")
@@ -511,9 +514,13 @@ def runner_code() -> Any:
     command = Path(f"/proc/{RUNNER}/cmdline").read_bytes().decode().split("\0")
     python = command[0] if os.path.isabs(command[0]) else sys.executable
     scripts = [part for part in command[1:] if part.endswith(".py") and os.path.exists(part)]
+    scripts += (
+        glob.glob("/opt/*/sandbox_runner.py") if CONFIG["isolated"] else []
+    )  # one that was forked shows its parent's
     if not scripts:
         raise Unclear(f"no script in {command[:4]}")
-    ask = "import anthropic, json, sys; print(json.dumps([anthropic.__file__, json.__file__, *sys.path]))"
+    where = "importlib.util.find_spec('anthropic').origin, json.__file__, *sys.path"
+    ask = f"import importlib.util, json, sys; print(json.dumps([{where}]))"
     told = subprocess.run([python, "-I", "-c", ask], capture_output=True, text=True, cwd="/", check=True)
     paths = [python, os.path.realpath(python), *json.loads(told.stdout)]
     for script in scripts:
