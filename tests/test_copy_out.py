@@ -30,6 +30,7 @@ SERVER = ["main.py", "--host", "127.0.0.1", "--port", "0", "--no-poll"]
 # How a folder is started here, and the settings it needs besides the shared ones. None: its platform starts it, and the
 # test of that provider does so against its double.
 SERVERS: dict[str, dict[str, str] | None] = {
+    "daytona": None,  # against its double: tests/providers/test_daytona_main.py
     "docker": {"DOCKER_IMAGE": "{image}"},
     "local": {"LOCAL_ROOT": "{directory}/sandboxes", "ALLOW_UNISOLATED_TOOLS": "true"},
     "modal": None,
