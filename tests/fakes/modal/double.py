@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 import grpclib.server
 import modal
 from aiohttp import web
+from grpclib.protocol import H2Protocol
 from modal_proto import api_pb2 as api
 from modal_proto.api_grpc import ModalClientBase
 from modal_proto.task_command_router_grpc import TaskCommandRouterBase
@@ -27,6 +28,19 @@ from .wire import Wire, service
 
 T = TypeVar("T")
 _PATIENCE_SECONDS = 60.0
+
+
+class _Server(grpclib.server.Server):
+    """A server that closes its connections, too."""
+
+    def _protocol_factory(self) -> H2Protocol:
+        self.protocols: list[H2Protocol] = getattr(self, "protocols", [])
+        self.protocols.append(super()._protocol_factory())
+        return self.protocols[-1]
+
+    def hang_up(self) -> None:
+        for protocol in getattr(self, "protocols", []):
+            protocol.processor.close()
 
 
 class ModalDouble:
@@ -69,7 +83,7 @@ class ModalDouble:
             service(ModalClientBase, self.control, self.wire),
             service(TaskCommandRouterBase, self.router, self.wire),
         ]
-        server = grpclib.server.Server(services)
+        server = _Server(services)
         await server.start("127.0.0.1", 0)
         self._servers.append(server)
         port = server._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
@@ -89,6 +103,8 @@ class ModalDouble:
         for server in self._servers:
             server.close()
             await server.wait_closed()
+            server.hang_up()
+        await asyncio.sleep(0)  # the loop closes what was hung up
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
             task.cancel()
