@@ -47,6 +47,14 @@ def open_provider(double: ModalDouble, image_id: str, settings: Any, runner: Any
     )
 
 
+async def until(true: Callable[[], Any]) -> None:
+    """Waits for something of the double's or the disk's to be so."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true"
+        await asyncio.sleep(0.02)
+
+
 class Sandboxes:
     """A provider over a double, and runs of a stand-in for the runner in its sandboxes."""
 
@@ -80,12 +88,6 @@ class Sandboxes:
 
     async def infos(self) -> list[Any]:
         return [info async for info in self.provider.sandboxes()]
-
-    async def until(self, true: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not true():
-            assert time.monotonic() < deadline, "it did not come true"
-            await asyncio.sleep(0.02)
 
     def directory(self, session_id: str) -> Path:
         """Where the session's files are, on this machine."""

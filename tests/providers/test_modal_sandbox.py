@@ -16,7 +16,7 @@ from grpclib import Status
 from modal_proto import api_pb2 as api
 
 from tests.fakes.modal import ModalDouble
-from tests.providers.modal_support import MODAL, Sandboxes, needs_bubblewrap
+from tests.providers.modal_support import MODAL, Sandboxes, needs_bubblewrap, until
 
 LaunchFailed = MODAL.shared("errors").LaunchFailed
 SettingsError = MODAL.shared("errors").SettingsError
@@ -168,7 +168,7 @@ async def test_an_idle_sandbox_ends_and_the_next_one_has_its_files(double: Modal
     await asyncio.sleep(3.0)  # longer than the idle timeout: a running runner keeps it off
     assert len(double.running()) == 1
     await sandboxes.run("sesn_1", "pkill -TERM -o -u agent -f local_runner; true")
-    await sandboxes.until(lambda: not double.running())
+    await until(lambda: not double.running())
     assert await sandboxes.run("sesn_1", "cat file.txt") == ["kept\n"]
     assert double.running()[0].id != first.id
 
@@ -193,7 +193,7 @@ async def test_a_runner_hands_over_before_the_lifetime_is_up_and_the_sandbox_end
     provider._holds = lambda sandbox: asyncio.sleep(0, True)  # this one is short of time from the start
     await sandboxes.begin("sesn_1", "true", linger=True)
     (sandbox,) = sandboxes.double.running()
-    await sandboxes.until(lambda: not sandboxes.double.running())
+    await until(lambda: not sandboxes.double.running())
     assert (sandboxes.directory("sesn_1") / "handed-over").exists()  # it was asked, and had the time
     assert sandbox.result is not None
     assert sandbox.result.status == api.GenericResult.GENERIC_STATUS_SUCCESS  # its own end, not Modal's limit

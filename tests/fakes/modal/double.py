@@ -78,6 +78,10 @@ class ModalDouble:
         """Does `work` on the double's own event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE_SECONDS)
 
+    async def on_its_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """The same, from another event loop, which goes on meanwhile."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
     async def _start(self) -> None:
         services = [
             service(ModalClientBase, self.control, self.wire),
@@ -152,6 +156,11 @@ class ModalDouble:
         function_id = self.control.function_id(function)
         logs = [each.log for each in self.control.containers if each.function_id == function_id]
         return "".join(log.read_text(errors="replace") for log in logs)
+
+    def create_secret(self, name: str, **variables: str) -> None:
+        """A secret that somebody made in the dashboard."""
+        self.state.secret_ids[name] = new_id("st")
+        self.state.secrets[self.state.secret_ids[name]] = variables
 
     def running(self) -> list[Sandbox]:
         return [sandbox for sandbox in self.state.sandboxes.values() if sandbox.running]
