@@ -26,9 +26,10 @@ class TestDaytonaContract(ProviderContract):
             yield
 
     def make_provider(self, root: Path, settings: Any, **options: Any) -> Any:
-        if settings.keep_warm_seconds == 0:
-            self.daytona.minute = 0.2  # the shortest interval is some minutes
         return provider(self.daytona, settings, **options)
+
+    def let_keep_warm_pass(self) -> None:
+        self.daytona.minute = 0.05  # the shortest interval is five of them
 
     async def runner_is_alive(self, sandbox: Any) -> bool:
         (session,) = [each for each in await sandbox._sandbox.process.list_sessions() if each.commands]
