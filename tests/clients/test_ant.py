@@ -1,6 +1,6 @@
 """The vendor's command line, `ant beta:worker`, where ANT is the path of one (see conftest.py).
 
-Go's module proxy does not serve its module, so nothing here can install it; test_go.py drives the SDK it is made of.
+CI has none (README.md); test_go.py drives the SDK that it is made of.
 Passed with ant 1.20.0, which is built on Go SDK 1.60.0: older than the sessions token, and it downloads skills under
 the older beta.
 """

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+import contextlib
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tools import bench
 from tools.emulator import Clock, Emulator, Switches
+from tools.emulator.clock import stamp
 from tools.emulator.engine import Engine
-from tools.emulator.state.work import WorkQueue
+from tools.emulator.errors import EmulatorError
+from tools.emulator.state.work import RECLAIM_AFTER, WorkQueue
 
 LARGEST_GROWTH = 2.0
 """On a machine that runs other tests beside. Before the queue had its indexes this was above 3."""
@@ -62,6 +68,65 @@ def test_an_item_that_is_gone_is_neither_handed_out_nor_lapses() -> None:
     assert item is not None
     assert item.session_id == kept
     assert emulator._world.hand_out(emulator.environment_id, timedelta(seconds=5), emulator.now()) is None
+
+
+def test_a_lease_that_became_shorter_lapses_first() -> None:
+    emulator = Emulator()
+    long, short = emulator.create_session(), emulator.create_session()
+    for session_id in (long, short):
+        emulator.claim_and_die(session_id)
+    with emulator.hold() as now:
+        emulator._world.queue(emulator.environment_id).heartbeat(short, now, None, timedelta(seconds=30))
+    emulator.advance(100)
+    assert (emulator.work(long)["state"], emulator.work(short)["state"]) == ("active", "stopped")
+
+
+ACTIONS = [*["enqueue", "poll", "ack", "beat short"] * 2, "beat", "stop", "force", "remove", "wait", "long wait"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    actions=st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1)), min_size=10, max_size=40),
+    lapse=st.sampled_from(["stop", "requeue"]),
+)
+def test_the_indexes_of_a_queue_agree_with_a_look_at_everything(actions: list[tuple[str, int]], lapse: Any) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    queue = WorkQueue("env_1", Switches(lease_lapse=lapse), timedelta(seconds=300), now)
+    for action, number in actions:
+        now += timedelta(seconds=1)
+        session_id = f"sesn_{number}"
+        item = queue.of_session(session_id)
+        items = queue.newest_first()
+        free = [each for each in items if each.state == "queued" and (each.started_at or now) <= now - RECLAIM_AFTER]
+        free += [each for each in items if each.state == "queued" and each.started_at is None]
+        oldest = min(free, key=lambda each: each.queued_at, default=None)
+        with contextlib.suppress(EmulatorError):
+            match action:
+                case "enqueue":
+                    queue.enqueue(session_id, now)
+                case "poll":
+                    assert queue.hand_out(now) is oldest
+                case "ack" if item:
+                    queue.ack(item.id, now)
+                case "beat" if item:
+                    queue.heartbeat(item.id, now, None, None)
+                case "beat short" if item:
+                    queue.heartbeat(item.id, now, None, timedelta(seconds=30))
+                case "stop" | "force" if item:
+                    queue.stop(item.id, now, force=action == "force")
+                case "remove":
+                    queue.remove(session_id)
+                case "wait" | "long wait":
+                    now += timedelta(seconds=6 if action == "wait" else 200)
+        while (lapse_ := queue.next_lapse()) is not None and lapse_[0] <= now:
+            queue.lapse(lapse_[1], lapse_[0])
+        items = queue.newest_first()
+        assert queue.stats(now)["oldest_queued_at"] == min(
+            (stamp(each.queued_at) for each in items if each.state == "queued"), default=None
+        )
+        leased = [queue._sweep_after(each.expires_at) for each in items if each.expires_at]
+        assert (lapse_ and lapse_[0]) == min(leased, default=None)
+        assert all(queue.of_session(each.session_id) is each for each in items)
 
 
 @pytest.mark.timeout(90)

@@ -101,13 +101,15 @@ def test_a_message_that_waits_moves_up_when_its_turn_comes(emulator: Emulator, o
     session_id = emulator.create_session()
     emulator.say(session_id, "!first")
     emulator.say(session_id, "!second")
+    emulator.say(session_id, "!third")
     page = open_page(f"/sessions/{session_id}")
     message = detail(page).locator(".events li", has_text="!second").first
     expect(message.locator(".event-at")).to_have_text("waits")
-    expect(detail(page).locator(".facts")).to_contain_text("1 message waiting")
+    expect(detail(page).locator(".facts")).to_contain_text("2 messages waiting")
     emulator.send(session_id, result(emulator.pending_calls(session_id)[0]))
     expect(message.locator(".event-at")).not_to_have_text("waits")
-    assert detail(page).locator(".events > li").count() == len(emulator.events(session_id))
+    types = [event["type"] for event in emulator.events(session_id)]
+    expect(detail(page).locator(".event-type")).to_have_text(types[::-1])
 
 
 def test_what_a_sub_agent_does_is_shown_with_its_name(emulator: Emulator, open_page: Open) -> None:
