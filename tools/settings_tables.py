@@ -54,6 +54,8 @@ class Row:
 
 def rows(root: Path, folder: Path) -> list[Row]:
     """The shared settings and the folder's own, the required ones first. Raises `SettingsUnreadable`."""
+    if not (folder / "pyproject.toml").is_file():
+        return _typescript_rows(root, folder)
     # -I: no PYTHON* variables, no user site, no current directory. -B: no __pycache__ in a folder that people copy.
     run = subprocess.run(
         [sys.executable, "-I", "-B", "-c", _LOADER, str(root), str(folder)],
@@ -66,6 +68,21 @@ def rows(root: Path, folder: Path) -> list[Row]:
         reason = run.stderr.strip().rpartition("\n")[2]
         raise SettingsUnreadable(f"{folder.relative_to(root)}: its settings cannot be loaded: {reason}")
     return sorted((Row(**row) for row in json.loads(run.stdout)), key=lambda row: not row.required)
+
+
+def _typescript_rows(root: Path, folder: Path) -> list[Row]:
+    """A TypeScript folder declares its settings as data, in files that its code reads too."""
+    declared: list[dict[str, str]] = []
+    for path in (root / "shared/typescript/settings.json", folder / "src/settings.json"):
+        try:
+            declared += json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsUnreadable(f"{path.relative_to(root)}: its settings cannot be loaded: {error}") from error
+    settings = [
+        Row(each["name"], each["help"], each.get("old_name"), "default" not in each, each.get("default", ""))
+        for each in declared
+    ]
+    return sorted(settings, key=lambda row: not row.required)
 
 
 def table(settings: list[Row]) -> str:

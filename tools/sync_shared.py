@@ -1,8 +1,9 @@
 """Vendoring: copies shared/ into the provider folders (`make sync`), and proves that nobody edited the copies
 (`make check`).
 
-A folder's pyproject.toml says what it takes: `[tool.sandboxes] shared = ["errors.py", ...]`. The check looks at the
-whole tree (content, length, mode, missing and added files, directories, links), because a checker that only compares
+A folder's pyproject.toml says what it takes: `[tool.sandboxes] shared = ["errors.py", ...]`. A TypeScript folder's
+package.json says it, `"sandboxes": {"shared": ["errors.ts", ...]}`, of shared/typescript. The check looks at the whole
+tree (content, length, mode, missing and added files, directories, links), because a checker that only compares
 what it expects to find passes a truncated or an extended copy.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import json
+import re
 import stat
 import sys
 import tomllib
@@ -30,8 +33,22 @@ class ManifestError(Exception):
 
 
 def folders(root: Path) -> list[Path]:
-    """The provider folders, by name."""
+    """The provider folders in Python, by name."""
     return sorted(path.parent for path in root.glob("providers/*/pyproject.toml"))
+
+
+def typescript_folders(root: Path) -> list[Path]:
+    """The provider folders in TypeScript, by name."""
+    return sorted(path.parent for path in root.glob("providers/*/package.json") if not is_python(path.parent))
+
+
+def is_python(folder: Path) -> bool:
+    return (folder / "pyproject.toml").is_file()
+
+
+def shared_sources(root: Path, folder: Path) -> Path:
+    """The directory whose files `folder` vendors."""
+    return root / "shared" if is_python(folder) else root / "shared/typescript"
 
 
 def own_modules(folder: Path) -> list[Path]:
@@ -41,20 +58,28 @@ def own_modules(folder: Path) -> list[Path]:
 
 
 def manifest(root: Path, folder: Path) -> list[str]:
-    """The shared modules `folder` vendors, `__init__.py` always among them. Raises `ManifestError`."""
-    where = f"{folder.relative_to(root)}/pyproject.toml"
-    names = _project(folder).get("tool", {}).get("sandboxes", {}).get("shared")
+    """The shared modules `folder` vendors, Python's `__init__.py` always among them. Raises `ManifestError`."""
+    sources = shared_sources(root, folder)
+    if is_python(folder):
+        where, example = "pyproject.toml", '[tool.sandboxes] shared = ["errors.py", ...]'
+        declared = _project(folder).get("tool", {}).get("sandboxes", {})
+    else:
+        where, example = "package.json", '"sandboxes": {"shared": ["errors.ts", ...]}'
+        declared = json.loads((folder / "package.json").read_text(encoding="utf-8")).get("sandboxes", {})
+    where = f"{folder.relative_to(root)}/{where}"
+    names = declared.get("shared")
     if not names:
-        raise ManifestError(f'{where} has no `[tool.sandboxes] shared = ["errors.py", ...]`')
+        raise ManifestError(f"{where} has no `{example}`")
     for name in names:
-        if Path(name).name != name or not (root / "shared" / name).is_file():
-            raise ManifestError(f"{where} vendors {name}, which is no file in shared/")
-    return sorted({"__init__.py", *names})
+        if Path(name).name != name or not (sources / name).is_file():
+            raise ManifestError(f"{where} vendors {name}, which is no file in {sources.relative_to(root)}/")
+    return sorted({*names, *(["__init__.py"] if is_python(folder) else [])})
 
 
 def vendored(root: Path, folder: Path) -> dict[str, bytes]:
     """What `_shared/` must hold: file name -> content. VERSION has no date: the same sources give the same bytes."""
-    files = {name: (root / "shared" / name).read_bytes() for name in manifest(root, folder)}
+    sources = shared_sources(root, folder)
+    files = {name: (sources / name).read_bytes() for name in manifest(root, folder)}
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -64,7 +89,7 @@ def vendored(root: Path, folder: Path) -> dict[str, bytes]:
 
 def sync(root: Path) -> Iterator[str]:
     """Writes every folder's copies and table; yields a line for each file it changed."""
-    for folder in folders(root):
+    for folder in [*folders(root), *typescript_folders(root)]:
         expected, target = vendored(root, folder), folder / VENDORED
         if not _is_plain_directory(target):
             _remove(target)
@@ -73,7 +98,7 @@ def sync(root: Path) -> Iterator[str]:
             _remove(path)
             yield f"removed {path.relative_to(root)}"
         for name, content in expected.items():
-            source, copy = root / "shared" / name, target / name
+            source, copy = shared_sources(root, folder) / name, target / name
             if _difference(source, copy, content):
                 _remove(copy)
                 copy.write_bytes(content)
@@ -86,7 +111,7 @@ def sync(root: Path) -> Iterator[str]:
 
 def stale_copies(root: Path) -> Iterator[str]:
     """Everything `make sync` would change in the `_shared/` directories, one line each."""
-    for folder in folders(root):
+    for folder in [*folders(root), *typescript_folders(root)]:
         expected, target = vendored(root, folder), folder / VENDORED
         if not _is_plain_directory(target):
             yield f"{target.relative_to(root)} is not a directory of copies"
@@ -94,13 +119,13 @@ def stale_copies(root: Path) -> Iterator[str]:
         for path in _strays(target, expected):
             yield f"{path.relative_to(root)} does not belong there"
         for name, content in expected.items():
-            if difference := _difference(root / "shared" / name, target / name, content):
+            if difference := _difference(shared_sources(root, folder) / name, target / name, content):
                 yield f"{(target / name).relative_to(root)} {difference}"
 
 
 def stale_tables(root: Path) -> Iterator[str]:
     """The READMEs whose settings table `make sync` would change."""
-    for folder in folders(root):
+    for folder in [*folders(root), *typescript_folders(root)]:
         if _new_readme(root, folder):
             yield f"{folder.relative_to(root)}/README.md has an old settings table"
 
@@ -109,14 +134,40 @@ def open_imports(root: Path) -> Iterator[str]:
     """Imports that leave the vendored set: the copied folder would not start."""
     for folder in folders(root):
         names = manifest(root, folder)
-        wanted = [(path, name) for path in (root / "shared" / name for name in names) for name in _siblings(path)]
-        wanted += [(path, name) for path in own_modules(folder) for name in _copies(path)]
-        for path, name in wanted:
-            if f"{name}.py" not in names:
-                yield (
-                    f"{path.relative_to(root)} imports {name}: add {name}.py to the manifest in"
-                    f" {folder.relative_to(root)}/pyproject.toml"
-                )
+        wanted = [
+            (path, f"{name}.py") for path in (root / "shared" / name for name in names) for name in _siblings(path)
+        ]
+        wanted += [(path, f"{name}.py") for path in own_modules(folder) for name in _copies(path)]
+        yield from _outside(root, folder / "pyproject.toml", names, wanted)
+    for folder in typescript_folders(root):
+        names = manifest(root, folder)
+        shared = [shared_sources(root, folder) / name for name in names if name.endswith(".ts")]
+        wanted = [(path, name) for path in shared for name in _typescript_imports(path, "./")]
+        wanted += [
+            (path, name) for path in own_scripts(folder) for name in _typescript_imports(path, f"../{VENDORED}/")
+        ]
+        yield from _outside(root, folder / "package.json", names, wanted)
+
+
+def _outside(root: Path, where: Path, names: list[str], wanted: list[tuple[Path, str]]) -> Iterator[str]:
+    for path, name in wanted:
+        if name not in names:
+            imported = name.removesuffix(".py")
+            yield (
+                f"{path.relative_to(root)} imports {imported}: add {name} to the manifest in {where.relative_to(root)}"
+            )
+
+
+def own_scripts(folder: Path) -> list[Path]:
+    """The TypeScript files of a folder that were written for it."""
+    return sorted(path for part in ("src", "test") for path in (folder / part).rglob("*.ts"))
+
+
+def _typescript_imports(path: Path, prefix: str) -> list[str]:
+    """The files that a module imports or re-exports from one directory, in the order of their lines."""
+    return re.findall(
+        rf"""(?:from|import)\s*\(?["']{re.escape(prefix)}([^"'/]+)["']""", path.read_text(encoding="utf-8")
+    )
 
 
 def _siblings(path: Path) -> set[str]:
@@ -155,7 +206,8 @@ def _difference(source: Path, copy: Path, content: bytes) -> str | None:
     if copy.is_symlink() or not copy.is_file():
         return "is not a plain file" if copy.is_symlink() or copy.exists() else "is missing"
     if copy.read_bytes() != content:
-        return f"differs from shared/{source.name}" if source.is_file() else "does not name what is vendored"
+        where = "shared" if source.parent.name == "shared" else f"shared/{source.parent.name}"
+        return f"differs from {where}/{source.name}" if source.is_file() else "does not name what is vendored"
     if _mode(copy) != _mode(source):
         return f"has mode {_mode(copy):o}, not {_mode(source):o}"
     return None
@@ -200,7 +252,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     root: Path = options.root.resolve()
     stale: list[str] = []
-    broken = list(pins.problems(root))
+    broken = [*pins.problems(root), *pins.npm_problems(root)]
     try:
         if not options.check:
             for line in sync(root):

@@ -59,3 +59,21 @@ def make(root: Path) -> Path:
     write(folder / "sandbox.py", SANDBOX)
     write(folder / "README.md", f"# Mine\n\n{settings_tables.BEGIN}\n{settings_tables.END}\n\nThe end.\n")
     return folder
+
+
+def make_typescript(root: Path) -> Path:
+    """The same tree with a TypeScript folder, `yours`, not yet synced. Returns the folder."""
+    make(root)
+    write(root / "shared/typescript/errors.ts", "export class Broken extends Error {}\n")
+    write(root / "shared/typescript/jobs.ts", 'import { Broken } from "./errors.ts";\nexport const kind = Broken;\n')
+    write(root / "shared/typescript/settings.json", '[{"name": "BASE_URL", "kind": "url", "help": "The API."}]\n')
+    folder = root / "providers/yours"
+    write(
+        folder / "package.json",
+        '{"name": "yours", "dependencies": {"a": "1.0.0"}, "sandboxes": {"shared": ["errors.ts", "jobs.ts"]}}\n',
+    )
+    write(folder / "package-lock.json", '{"packages": {"node_modules/a": {"version": "1.0.0"}}}\n')
+    write(folder / "src/index.ts", 'import { kind } from "../_shared/jobs.ts";\nexport default kind;\n')
+    write(folder / "src/settings.json", '[{"name": "KEY", "kind": "text", "help": "A key.", "default": ""}]\n')
+    write(folder / "README.md", f"# Yours\n\n{settings_tables.BEGIN}\n{settings_tables.END}\n")
+    return folder
