@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools import settings_tables
-from tools.sync_shared import ROOT, VENDORED, folders, own_modules
+from tools.sync_shared import ROOT, VENDORED, folders, is_python, own_modules, typescript_folders
 
 HEADINGS = [
     "What you get",
@@ -25,6 +25,18 @@ HEADINGS = [
     "How it works",
 ]
 REQUIRED = ["README.md", "pyproject.toml", "uv.lock", ".env.example", "py.typed", "sandbox.py", "_shared/VERSION"]
+REQUIRED_TYPESCRIPT = [
+    "README.md",
+    "package.json",
+    "package-lock.json",
+    "tsconfig.json",
+    "biome.json",
+    "wrangler.jsonc",
+    "worker-configuration.d.ts",
+    ".env.example",
+    "src/index.ts",
+    "_shared/VERSION",
+]
 # What a shared module may import besides the standard library: the SDK, what it cannot run without, and what its
 # `webhooks` extra brings.
 SHARED_MAY_IMPORT = {"anthropic", "anyio", "standardwebhooks"}
@@ -38,9 +50,12 @@ TRACKED = subprocess.run(
 FILES = sorted(ROOT / name for name in TRACKED if name and (ROOT / name).is_file())
 SOURCES = [path for path in FILES if path.suffix == ".py" and VENDORED not in path.parts]
 SHARED = [path for path in SOURCES if path.parent == ROOT / "shared"]
+CORE = [*SHARED, *(path for path in FILES if path.parent == ROOT / "shared/typescript")]
 SHIPPED = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("shared", "providers", "tools")]
 READMES = [path for path in FILES if path.suffix == ".md"]
 FOLDERS = folders(ROOT)
+TYPESCRIPT_FOLDERS = typescript_folders(ROOT)
+ALL_FOLDERS = [*FOLDERS, *TYPESCRIPT_FOLDERS]
 
 
 def _name(path: object) -> str | None:
@@ -60,42 +75,44 @@ def _nodes(paths: list[Path], wrong: Callable[[ast.AST], bool]) -> list[str]:
 
 
 def test_every_directory_of_providers_is_a_folder() -> None:
-    assert [path for path in ROOT.glob("providers/*") if path not in FOLDERS] == []
+    assert [path for path in ROOT.glob("providers/*") if path not in ALL_FOLDERS] == []
 
 
-@each("folder", FOLDERS)
+@each("folder", ALL_FOLDERS)
 def test_a_folder_has_what_a_copy_needs(folder: Path) -> None:
     tracked = {path.relative_to(folder).as_posix() for path in FILES if path.is_relative_to(folder)}
-    assert set(REQUIRED) - tracked == set()
+    assert set(REQUIRED if is_python(folder) else REQUIRED_TYPESCRIPT) - tracked == set()
 
 
-@each("folder", FOLDERS)
+@each("folder", ALL_FOLDERS)
 def test_a_folder_is_tested_against_the_contract(folder: Path) -> None:
     modules = list((ROOT / "tests/providers").glob(f"test_{folder.name.replace('-', '_')}*.py"))
     assert any("tests.contract" in module.read_text(encoding="utf-8") for module in modules)
 
 
-@each("folder", FOLDERS)
+@each("folder", ALL_FOLDERS)
 def test_a_folders_readme_has_the_eight_headings_in_order(folder: Path) -> None:
     text = _without_code((folder / "README.md").read_text(encoding="utf-8"))
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
 
 
-@each("folder", FOLDERS)
+@each("folder", ALL_FOLDERS)
 def test_quoted_log_lines_exist_in_the_code(folder: Path) -> None:
     section = (
         (folder / "README.md").read_text(encoding="utf-8").partition("\n## See it work\n")[2].partition("\n## ")[0]
     )
     actions = set(re.findall(r"\baction=(\w+)", section))
     events = set(re.findall(r'"event": ?"(\w+)"', section))
-    code = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py") if ".venv" not in path.parts)
-    logged = set(re.findall(r"\bline\(\s*\"(\w+)\"", code)) | set(re.findall(r"\baction=(\w+)", code))
+    sources = [path for path in FILES if path.is_relative_to(folder) and path.suffix in {".py", ".ts"}]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    logs = r"\b(?:line|log\.(?:info|warning|error))\(\s*\"(\w+)\""
+    logged = set(re.findall(logs, code)) | set(re.findall(r"\baction=(\w+)", code))
     assert actions, "a README shows the log lines by which one sees it work"
     assert actions - logged == set()
     assert {event for event in events if f'"{event}"' not in code} == set()
 
 
-@each("folder", FOLDERS)
+@each("folder", ALL_FOLDERS)
 def test_the_env_example_lists_the_settings(folder: Path) -> None:
     example = (folder / ".env.example").read_text(encoding="utf-8")
     names = re.findall(r"^(?:# ?)?([A-Z][A-Z0-9_]+)=", example, re.MULTILINE)
@@ -188,10 +205,10 @@ def test_only_command_lines_and_the_runner_print() -> None:
 
 
 def test_the_core_knows_no_provider() -> None:
-    names = {folder.name for folder in FOLDERS} - {"local"} | {"modal", "vercel", "daytona", "cloudflare", "docker"}
+    names = {folder.name for folder in ALL_FOLDERS} - {"local"} | {"modal", "vercel", "daytona", "cloudflare", "docker"}
     known = re.compile(rf"\b({'|'.join(sorted(names))})\b", re.IGNORECASE)
-    assert [_name(path) for path in SHARED if known.search(path.read_text(encoding="utf-8"))] == []
-    assert [_name(path) for path in SHARED if re.search(r"providers[./]", path.read_text(encoding="utf-8"))] == []
+    assert [_name(path) for path in CORE if known.search(path.read_text(encoding="utf-8"))] == []
+    assert [_name(path) for path in CORE if re.search(r"providers[./]", path.read_text(encoding="utf-8"))] == []
 
 
 def test_the_core_imports_little() -> None:

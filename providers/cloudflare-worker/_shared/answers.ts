@@ -1,0 +1,79 @@
+/**
+ * Answers a runner gives in a tool's place, so that nobody waits for a result that will not come (R5, P1, P3).
+ *
+ * At the start: to calls whose turn was interrupted. After our stop: to calls that came in its last instant, which the
+ * server does not queue again by itself.
+ */
+
+import type Anthropic from "@anthropic-ai/sdk";
+import { apiError, errorLabel, isStatus } from "./api.ts";
+import { type Call, type EventLog, errorResult, OWNED_TOOLS, type ResultEvent, readLog, recentLog } from "./events.ts";
+import type { Lease } from "./lease.ts";
+import type { Emit } from "./log.ts";
+
+export const INTERRUPTED_BEFORE = "the turn was interrupted before this had an answer; it was not run again";
+export const NEVER_STARTED = "the sandbox was shut down before this was started; nothing of it was run";
+export const LOOK_BACK_MS = 5_000; // while a last message is still thought about
+const LOOK_AGAIN_MS = 1_000;
+
+export class Answers {
+  readonly #api: Anthropic;
+  readonly #sessionId: string;
+  readonly #emit: Emit;
+
+  constructor(api: Anthropic, sessionId: string, emit: Emit) {
+    this.#api = api;
+    this.#sessionId = sessionId;
+    this.#emit = emit;
+  }
+
+  /** Reads the log and answers what an interrupt left open before us. */
+  async settlePredecessors(log: EventLog, owned: ReadonlySet<string>): Promise<void> {
+    try {
+      await readLog(this.#api, this.#sessionId, log);
+    } catch (error) {
+      this.#emit("retry", { error: errorLabel(apiError(error)), attempt: 0 });
+      return;
+    }
+    const ended = [...log.interrupted.values()].filter((call) => !log.answered.has(call.id) && owned.has(call.name));
+    await this.send(ended.map((call) => errorResult(call, INTERRUPTED_BEFORE)));
+  }
+
+  /**
+   * Once our stop is confirmed: a message that the session took up between our last look and the stop had a live item, so
+   * it queued none. What it led to is answered, which does; while the model still works, we look again.
+   */
+  async lookBack(lease: Lease, owned: ReadonlySet<string>, settled: ReadonlyMap<string, Call>): Promise<void> {
+    const until = Date.now() + LOOK_BACK_MS;
+    try {
+      while (Date.now() < until && !(await recentLog(this.#api, this.#sessionId, settled)).isOver) {
+        const log = await readLog(this.#api, this.#sessionId);
+        if (log.onlyWaits(owned)) return;
+        if ((await lease.probe())?.state !== "stopped") return; // queued again already, perhaps served
+        const waiting = [...log.open.values()].filter((call) => owned.has(call.name));
+        if (waiting.length > 0) return await this.send(waiting.map((call) => errorResult(call, NEVER_STARTED)));
+        await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN_MS));
+      }
+    } catch (error) {
+      this.#emit("retry", { error: errorLabel(apiError(error)), attempt: 0 }); // the sweep looks in our place
+    }
+  }
+
+  /** The session cannot be set up here: its agent is told why. Only calls of the toolset are answered. */
+  async refuseAll(log: EventLog, reason: string): Promise<void> {
+    const ours = [...log.open.values()].filter((call) => OWNED_TOOLS.has(call.name) && !call.isCustom);
+    await this.send(ours.map((call) => errorResult(call, reason)));
+  }
+
+  /** One by one: a request with several is refused as a whole, and one of them may be answered already. */
+  async send(events: readonly ResultEvent[]): Promise<void> {
+    for (const event of events) {
+      try {
+        await this.#api.beta.sessions.events.send(this.#sessionId, { events: [event] });
+      } catch (error) {
+        if (isStatus(apiError(error), 400)) continue; // nobody waits for it any more
+        this.#emit("retry", { error: errorLabel(error), attempt: 0 }); // the sweep's healing answers in our place
+      }
+    }
+  }
+}

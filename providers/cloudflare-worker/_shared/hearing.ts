@@ -1,0 +1,111 @@
+/**
+ * The middleware between the SDK's tool runner and the API: it hears every event before the runner does, and keeps back
+ * results that must not be sent as they are (R5).
+ */
+
+import { APIConnectionError, type Middleware } from "@anthropic-ai/sdk";
+import type { EventLog, ResultEvent, SessionEvent } from "./events.ts";
+
+/** What becomes of a result: sent; kept for after the stop; dropped, because another runner answers now. */
+export type ResultFate = "send" | "hold" | "drop";
+
+export interface Hearing {
+  readonly log: EventLog;
+  fate(): ResultFate;
+  hold(events: ResultEvent[]): void;
+  /** Ends the streams that are open. */
+  over(): AbortSignal;
+}
+
+export function hearing(heard: Hearing): Middleware {
+  return async (request, next) => {
+    const { pathname } = new URL(request.url);
+    if (request.method === "POST" && pathname.endsWith("/events")) {
+      const fate = heard.fate();
+      if (fate === "send") return next(request);
+      if (fate === "hold") heard.hold((JSON.parse(String(request.body)) as { events: ResultEvent[] }).events);
+      return Response.json({ data: [] });
+    }
+    const response = await next(request);
+    if (request.method !== "GET" || !response.ok) return response;
+    if (pathname.endsWith("/events")) return heardPage(response, heard.log);
+    if (pathname.endsWith("/events/stream")) return heardStream(response, heard.log, heard.over());
+    return response;
+  };
+}
+
+/** Notes a page, and takes out what the runner must not see. */
+async function heardPage(response: Response, log: EventLog): Promise<Response> {
+  const page = (await response.json()) as { data: SessionEvent[]; next_page?: string | null };
+  for (const event of page.data) log.note(event);
+  if (!page.next_page) log.readings += 1;
+  const headers = new Headers(response.headers);
+  for (const name of ["content-length", "content-encoding"]) headers.delete(name);
+  return Response.json({ ...page, data: page.data.filter((event) => !log.isSettled(event)) }, { headers });
+}
+
+/**
+ * Notes each frame as the runner reads it.
+ *
+ * The runner opens a stream, lists what came before, and reads on. When that list fails it reads on all the same, and would
+ * never see a call made before: such a stream breaks, so that it connects, and lists, again.
+ */
+function heardStream(response: Response, log: EventLog, over: AbortSignal): Response {
+  const reader = response.body?.getReader();
+  if (reader === undefined) return response;
+  const before = log.readings;
+  const frames = new Frames();
+  const body = new ReadableStream<Uint8Array>(
+    {
+      start(controller) {
+        // The SDK aborts the request it made, which is not always heard: it lets go of that request's signal once the garbage
+        // collector takes the response's `body`, and some runtimes let it be taken while it is read.
+        const end = (): void => {
+          controller.error(over.reason);
+          void reader.cancel(over.reason).catch(() => undefined);
+        };
+        if (over.aborted) end();
+        else over.addEventListener("abort", end, { once: true });
+      },
+      async pull(controller) {
+        const { done, value } = await reader.read();
+        if (done) return controller.close();
+        for (const event of frames.add(value)) {
+          if (log.readings === before) {
+            await reader.cancel();
+            return controller.error(new APIConnectionError({ message: "the event log was not read" }));
+          }
+          log.note(event);
+        }
+        controller.enqueue(value);
+      },
+      cancel: (reason) => reader.cancel(reason),
+    },
+    { highWaterMark: 0 }, // nothing is read ahead of the runner
+  );
+  return new Response(body, { status: response.status, headers: response.headers });
+}
+
+/** Server-sent events out of chunks that end anywhere. Only the `data` of complete frames is of interest. */
+class Frames {
+  readonly #decoder = new TextDecoder();
+  #rest = "";
+
+  add(chunk: Uint8Array): SessionEvent[] {
+    const frames = (this.#rest + this.#decoder.decode(chunk, { stream: true })).split(/\r?\n\r?\n/);
+    this.#rest = frames.pop() ?? "";
+    return frames.flatMap((frame) => {
+      const lines = frame.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+      return parsed(lines.map((line) => line.slice("data:".length)).join("\n"));
+    });
+  }
+}
+
+function parsed(data: string): SessionEvent[] {
+  try {
+    const event: unknown = JSON.parse(data);
+    return typeof event === "object" && event !== null && "type" in event ? [event as SessionEvent] : [];
+  } catch {
+    return []; // a ping, or a frame the SDK will complain about itself
+  }
+}

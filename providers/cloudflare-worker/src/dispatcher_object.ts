@@ -1,0 +1,119 @@
+/**
+ * The one dispatcher of a deployment. It holds the environment key and drains the queue for all of the Worker's instances:
+ * signals from anywhere meet in one object, so there is one drain at a time without a lock (R8).
+ */
+
+import { DurableObject } from "cloudflare:workers";
+import { Dispatcher, type LiveSessions, type Provider } from "../_shared/dispatcher.ts";
+import { LaunchFailed } from "../_shared/errors.ts";
+import type { Job } from "../_shared/jobs.ts";
+import type { SessionObject } from "./session_object.ts";
+import { type FolderSettings, readAll } from "./settings.ts";
+
+export class DispatcherObject extends DurableObject<Env> {
+  readonly #live: LiveTable;
+  #dispatcher: Dispatcher | undefined;
+  #sweeping: Promise<void> | undefined;
+
+  constructor(ctx: DurableObjectState, env: Env) {
+    super(ctx, env);
+    this.#live = new LiveTable(ctx.storage.sql);
+  }
+
+  /** There may be work. Returns at once; the drain goes on in the object. Throws `SettingsError`. */
+  wake(): void {
+    this.#core().wake();
+  }
+
+  /** Drains, heals and cleans up. Throws `SettingsError`. */
+  async sweep(): Promise<void> {
+    this.#sweeping ??= this.#core()
+      .sweep()
+      .finally(() => {
+        this.#sweeping = undefined;
+      });
+    await this.#sweeping;
+  }
+
+  /** A session's runner has ended. */
+  ended(sessionId: string): void {
+    this.#live.remove(sessionId);
+    this.#core().roomMade();
+  }
+
+  #core(): Dispatcher {
+    if (this.#dispatcher === undefined) {
+      const settings = readAll(this.env);
+      const provider = new ObjectProvider(this.env.SESSIONS, settings);
+      this.#dispatcher = new Dispatcher({ settings, provider, live: this.#live, workerId: this.ctx.id.toString() });
+    }
+    return this.#dispatcher;
+  }
+}
+
+/** The compute side: a Durable Object for each session, found by the session's id. */
+export class ObjectProvider implements Provider {
+  readonly name = "cloudflare-worker";
+  readonly #sessions: DurableObjectNamespace<SessionObject>;
+  readonly #settings: FolderSettings;
+
+  constructor(sessions: DurableObjectNamespace<SessionObject>, settings: FolderSettings) {
+    this.#sessions = sessions;
+    this.#settings = settings;
+  }
+
+  async launch(job: Job): Promise<{ sandbox: string; outcome: "ready" | "served_already" }> {
+    const { maxFilesBytes, retentionSeconds } = this.#settings;
+    const outcome = await asLaunchFailed(() =>
+      this.#sessions.getByName(job.sessionId).start({ job, maxFilesBytes, retentionSeconds }),
+    );
+    if (outcome === "busy") {
+      throw new LaunchFailed("an older runner of the session did not make room in time", { retriable: false });
+    }
+    return { sandbox: job.sessionId, outcome };
+  }
+}
+
+/** What the platform throws when an object does not answer, by the flags it documents. What our object throws propagates. */
+async function asLaunchFailed<T>(call: () => Promise<T>): Promise<T> {
+  try {
+    return await call();
+  } catch (error) {
+    const { overloaded, remote, retryable } = error as { overloaded?: boolean; remote?: boolean; retryable?: boolean };
+    if (overloaded) throw new LaunchFailed("the session's object is overloaded", { retriable: false, cause: error });
+    if (retryable) throw new LaunchFailed("the session's object was not reached", { retriable: true, cause: error });
+    if (!remote) throw new LaunchFailed("the session's object did not answer", { retriable: true, cause: error });
+    throw error;
+  }
+}
+
+/** The sessions with a runner, in the dispatcher's own storage. */
+class LiveTable implements LiveSessions {
+  readonly #sql: SqlStorage;
+
+  constructor(sql: SqlStorage) {
+    this.#sql = sql;
+    sql.exec("CREATE TABLE IF NOT EXISTS live (session TEXT PRIMARY KEY) WITHOUT ROWID");
+  }
+
+  count(): number {
+    return this.#sql.exec<{ count: number }>("SELECT count(*) AS count FROM live").one().count;
+  }
+
+  has(sessionId: string): boolean {
+    return this.#sql.exec("SELECT 1 FROM live WHERE session = ?", sessionId).toArray().length > 0;
+  }
+
+  add(sessionId: string): void {
+    this.#sql.exec("INSERT OR REPLACE INTO live VALUES (?)", sessionId);
+  }
+
+  remove(sessionId: string): void {
+    this.#sql.exec("DELETE FROM live WHERE session = ?", sessionId);
+  }
+
+  retain(sessionIds: ReadonlySet<string>): void {
+    const rows = this.#sql.exec<{ session: string }>("SELECT session FROM live").toArray();
+    for (const { session } of rows) if (!sessionIds.has(session)) this.remove(session);
+  }
+}

@@ -1,0 +1,20 @@
+/** The shared settings and this folder's own. */
+
+import { type Declaration, type Environ, load, readSettings, type Settings } from "../_shared/settings.ts";
+import declared from "./settings.json";
+
+const MIB = 1024 * 1024;
+
+export interface FolderSettings extends Settings {
+  /** Empty: the files cannot be downloaded. */
+  readonly filesKey: string;
+  readonly maxFilesBytes: number;
+}
+
+/** Throws `SettingsError`. */
+export function readAll(env: Env): FolderSettings {
+  const environ: Environ = { ...env };
+  const shared = readSettings(environ);
+  const own = load(declared as Declaration[], environ);
+  return { ...shared, filesKey: own.text("FILES_KEY"), maxFilesBytes: own.number("FILES_MAX_MB") * MIB };
+}

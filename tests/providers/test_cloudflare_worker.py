@@ -1,0 +1,434 @@
+"""providers/cloudflare-worker in real workerd, from a copy of the folder alone: over HTTP, those journeys of
+tests.contract that need no shell, and what only this provider can get wrong.
+
+One `wrangler dev` and one emulator serve all journeys of a test process. Its lease is short, so that the alarms which
+keep sessions alive come often; its webhooks are signed with the second key, as during a rotation.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tests.providers.workers_dev import WAIT_SECONDS, Seen, WorkersDev, workspace
+from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS, RECLAIM_SECONDS
+from tools import typescript
+from tools.emulator import Emulator, Step, Switches, call, custom, end, repeat_output, tools
+
+NAME = "cloudflare-worker"
+FILES_KEY = "a-password-of-our-choice"
+LEASE_SECONDS = 8
+FREE_PLAN_BYTES = 3 * 1024 * 1024  # of the compressed bundle
+STARTING_SECONDS = 151.0  # past the wait before an item without a claim is looked at
+
+pytestmark = pytest.mark.timeout(300)  # the first test of a process may install
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return workspace(NAME)
+
+
+@pytest.fixture(scope="module")
+def shared_emulator() -> Iterator[Emulator]:
+    with Emulator(lease_ttl=LEASE_SECONDS) as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="module")
+def dev(folder: Path, shared_emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkersDev]:
+    emulator = shared_emulator
+    settings = {
+        "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
+        "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
+        "ANTHROPIC_BASE_URL": emulator.url,
+        "ANTHROPIC_WEBHOOK_SIGNING_KEY": f"whsec_{base64.b64encode(os.urandom(32)).decode()}",
+        "ANTHROPIC_WEBHOOK_SIGNING_KEY_NEXT": emulator.webhook_key,
+        "SANDBOX_MAX_IDLE_SECONDS": "0.5",
+        "SANDBOX_MAX_WAIT_SECONDS": "20",
+        "SANDBOX_MAX_LIVE": "150",
+        "FILES_KEY": FILES_KEY,
+    }
+    dev = WorkersDev(folder, tmp_path_factory.mktemp("dev"), settings)
+    dev.start()
+    emulator.set_webhook_url(f"{dev.url}/webhook")
+    try:
+        yield dev
+    finally:
+        dev.stop()
+
+
+@pytest.fixture
+def emulator(dev: WorkersDev, shared_emulator: Emulator) -> Iterator[Emulator]:
+    yield shared_emulator
+    shared_emulator.clear_faults()
+    shared_emulator.switch(**asdict(Switches()))
+
+
+def start(emulator: Emulator, *steps: Step, **options: object) -> Seen:
+    """A session whose agent does `steps`, not yet spoken to."""
+    seen = Seen(emulator, emulator.create_session(**options))  # type: ignore[arg-type]
+    emulator.set_script(seen.session, list(steps))
+    return seen
+
+
+def ask(emulator: Emulator, *steps: Step, **options: object) -> Seen:
+    seen = start(emulator, *steps, **options)
+    emulator.say(seen.session, "go")
+    return seen
+
+
+def write(path: str, content: str) -> Step:
+    return tools(call("write", file_path=path, content=content))
+
+
+def read(path: str) -> Step:
+    return tools(call("read", file_path=path))
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_folder_can_be_deployed(folder: Path, tmp_path: Path) -> None:
+    argv = [typescript.program(folder, "wrangler"), "deploy", "--dry-run", "--outdir", str(tmp_path)]
+    done = subprocess.run(argv, cwd=folder, env=typescript.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "env.SESSIONS (SessionObject)" in done.stdout
+    assert len(gzip.compress((tmp_path / "index.js").read_bytes())) < FREE_PLAN_BYTES
+
+
+def test_its_unit_tests_pass_in_workerd(folder: Path, shared_emulator: Emulator) -> None:
+    argv = [typescript.program(folder, "vitest"), "run"]
+    environ = typescript.environment() | {"EMULATOR_URL": shared_emulator.url}
+    done = subprocess.run(argv, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- the main job ----------------------------------------------------------------------------------------------------
+
+
+def test_a_session_is_served_from_first_message_to_idle_exit(emulator: Emulator) -> None:
+    seen = ask(emulator, write("greeting.txt", "hello"), read("greeting.txt"), repeat_output, end())
+    assert seen.wait_idle() == "hello"
+    seen.wait_stopped()
+    assert seen.results() == [(False, "wrote 5 bytes to greeting.txt"), (False, "hello")]
+    assert (seen.claims(), len(seen.requests("work.ack"))) == (1, 1)
+    assert [record.status for record in seen.requests("work.stop")] == [200]
+
+
+def test_nothing_of_a_session_is_asked_with_the_environment_key(emulator: Emulator) -> None:
+    seen = ask(emulator, write("a", "1"), end())
+    seen.wait_stopped()
+    asked = [record for record in emulator.requests if seen.session in record.path]
+    assert {record.credential for record in asked} == {"sessions_token"}
+    assert "session-tool-runner" in {record.helper for record in asked}
+
+
+def test_the_next_message_finds_the_files(emulator: Emulator) -> None:
+    seen = ask(emulator, write("file.txt", "kept"), end(), read("file.txt"), repeat_output, end())
+    seen.wait_stopped()
+    emulator.say(seen.session, "again")
+    assert seen.wait_idle() == "kept"
+    assert seen.claims() == 2
+
+
+def test_two_messages_in_one_run_need_one_claim(emulator: Emulator) -> None:
+    seen = ask(emulator, write("a", "1"), end(), read("a"), repeat_output, end())
+    seen.wait_idle()
+    emulator.say(seen.session, "again")
+    assert seen.wait_idle() == "1"
+    assert seen.claims() == 1
+
+
+def test_another_sessions_files_are_not_there(emulator: Emulator) -> None:
+    ask(emulator, write("secret.txt", "mine"), end()).wait_stopped()
+    other = ask(emulator, tools(call("glob", pattern="**")), repeat_output, end())
+    assert other.wait_idle() == "no matches"
+
+
+def test_a_message_during_the_exit_is_served(emulator: Emulator) -> None:
+    emulator.fault("work.stop", "delay", seconds=1)  # carried out, and the runner still waits for the answer
+    seen = ask(emulator, write("a", "1"), end(), read("a"), repeat_output, end())
+    seen.wait_stopped()
+    emulator.say(seen.session, "again")
+    assert seen.wait_idle() == "1"
+    assert seen.claims() == 2
+
+
+def test_a_lost_webhook_is_made_up_for_by_the_sweep(emulator: Emulator, dev: WorkersDev) -> None:
+    emulator.webhooks_paused = True
+    try:
+        seen = ask(emulator, write("a", "1"), end())
+        dev.sweep()
+        seen.wait_stopped()
+    finally:
+        emulator.webhooks_paused = False
+    assert seen.results() == [(False, "wrote 1 bytes to a")]
+
+
+def test_a_webhook_is_answered_before_the_queue_is(emulator: Emulator) -> None:
+    emulator.fault("work.poll", "delay_request", count=1, seconds=1.5)
+    seen = ask(emulator, write("a", "1"), end())
+    seen.wait_until(lambda: any(d.session_id == seen.session for d in emulator.deliveries))
+    first = next(delivery for delivery in emulator.deliveries if delivery.session_id == seen.session)
+    assert first.is_ok
+    assert seen.state == "queued"
+    seen.wait_stopped()
+
+
+# --- a host that dies ------------------------------------------------------------------------------------------------
+
+
+def test_killed_while_a_result_is_on_its_way_it_goes_on_and_runs_nothing_twice(
+    emulator: Emulator, dev: WorkersDev
+) -> None:
+    """The change and its result are one transaction: what was not posted is posted, by another runner's memory."""
+    seen = start(emulator, write("a", "1"), tools(call("edit", file_path="a", old_string="1", new_string="11")), end())
+    emulator.fault("events.send", "drop", count=None)
+    since = len(dev.log)
+    emulator.say(seen.session, "go")
+    dev.until_logged('"event":"tool".*"name":"write"', since)
+    dev.kill()
+    emulator.clear_faults()
+    dev.start()
+    seen.wait_stopped()
+    assert seen.results() == [(False, "wrote 1 bytes to a"), (False, "edited a (1 replacement(s))")]
+    assert seen.claims() == 1, "a second NO_HEARTBEAT"
+    assert '"event":"resumed"' in dev.log[since:]
+
+
+def test_killed_between_the_hand_out_and_the_ack_the_item_is_offered_again(emulator: Emulator, dev: WorkersDev) -> None:
+    fault = emulator.fault("work.poll", "lose_response")
+    seen = ask(emulator, write("a", "1"), end())
+    emulator.wait_until(lambda: fault.hits == 1, WAIT_SECONDS)
+    dev.kill()
+    emulator.advance(RECLAIM_SECONDS)
+    dev.start()
+    dev.sweep()
+    seen.wait_stopped()
+    assert (seen.claims(), seen.results()) == (1, [(False, "wrote 1 bytes to a")])
+
+
+def test_killed_for_longer_than_the_lease_the_session_goes_on(emulator: Emulator, dev: WorkersDev) -> None:
+    seen = start(emulator, write("a", "1"), read("a"), repeat_output, end())
+    emulator.fault("events.send", "drop", count=None)
+    since = len(dev.log)
+    emulator.say(seen.session, "go")
+    dev.until_logged('"event":"tool".*"name":"write"', since)
+    dev.kill()
+    emulator.clear_faults()
+    emulator.advance(LAPSE_SECONDS)
+    assert seen.state == "stopped"
+    dev.start()
+    assert seen.wait_idle() == "1"
+    assert seen.results() == [(False, "wrote 1 bytes to a"), (False, "1")]
+
+
+def test_a_session_whose_object_is_gone_is_healed(emulator: Emulator, dev: WorkersDev) -> None:
+    """A runner that nobody here knows claimed the item and died."""
+    emulator.webhooks_paused = True
+    seen = start(emulator, read("a"), repeat_output, end())
+    emulator.say(seen.session, "go")
+    emulator.claim_and_die(seen.session)
+    emulator.webhooks_paused = False
+    emulator.advance(LAPSE_SECONDS)
+    emulator.advance(HEALABLE_SECONDS)
+    dev.sweep()
+    assert "lost" in seen.wait_idle()
+    assert [is_error for is_error, _ in seen.results()] == [True]
+
+
+def test_an_item_acked_and_never_claimed_is_freed(emulator: Emulator, dev: WorkersDev) -> None:
+    emulator.switch(never_beaten="frozen")
+    emulator.fault("work.heartbeat", "fail", status=400)  # the claim is refused: the runner leaves
+    seen = ask(emulator, write("a", "1"), end())
+    seen.wait_until(lambda: seen.state == "starting" and len(seen.requests("work.heartbeat")) == 1)
+    emulator.advance(STARTING_SECONDS)
+    dev.sweep()
+    assert seen.state == "stopped"
+    emulator.advance(HEALABLE_SECONDS)
+    dev.sweep()
+    seen.wait_idle()
+    assert "lost" in seen.results()[0][1]
+
+
+# --- leases ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_operators_graceful_stop_ends_the_item(emulator: Emulator) -> None:
+    seen = ask(emulator, tools(custom("theirs")), end())
+    seen.wait_until(lambda: seen.claims() == 1)
+    assert emulator.stop_work(seen.session)["state"] == "stopping"
+    seen.wait_stopped()
+
+
+def test_a_message_after_an_operators_forced_stop_is_served_by_a_new_runner(
+    emulator: Emulator, dev: WorkersDev
+) -> None:
+    """The item is queued again while the old runner believes that it holds it: the newcomer asks, and it makes room."""
+    since = len(dev.log)
+    seen = ask(emulator, tools(custom("theirs")), end(), write("a", "1"), end())
+    seen.wait_until(lambda: seen.claims() == 1 and len(seen.requests("events.stream")) == 1)
+    emulator.stop_work(seen.session, force=True)
+    emulator.send(seen.session, {"type": "user.interrupt"})
+    emulator.say(seen.session, "again")
+    seen.wait_until(lambda: seen.results() == [(False, "wrote 1 bytes to a")])
+    seen.wait_until(lambda: seen.claims() == 2)
+    dev.until_logged(f'"event":"exit","session":"{seen.session}","code":(143|76|0)', since)
+    seen.wait_stopped()
+    assert seen.results() == [(False, "wrote 1 bytes to a")]
+
+
+def test_a_wait_for_a_person_ends_after_a_while_and_the_verdict_gets_a_runner(emulator: Emulator) -> None:
+    seen = ask(emulator, tools(call("write", file_path="a", content="1", permission="ask")), end())
+    seen.wait_until(lambda: len(seen.requests("events.stream")) == 1)
+    (held,) = emulator.pending_calls(seen.session)
+    assert seen.results() == []
+    emulator.send(seen.session, {"type": "user.tool_confirmation", "tool_use_id": held, "result": "allow"})
+    seen.wait_stopped()
+    assert seen.results() == [(False, "wrote 1 bytes to a")]
+
+
+def test_a_tool_nobody_here_owns_is_left_to_its_owner(emulator: Emulator) -> None:
+    seen = ask(emulator, tools(custom("theirs", x=1), call("write", file_path="a", content="1")), repeat_output, end())
+    seen.wait_until(lambda: len(seen.results()) == 1)
+    (left,) = emulator.pending_calls(seen.session)
+    content = [{"type": "text", "text": "theirs answered"}]
+    emulator.send(seen.session, {"type": "user.custom_tool_result", "custom_tool_use_id": left, "content": content})
+    assert sorted(seen.wait_idle().splitlines()) == ["theirs answered", "wrote 1 bytes to a"]
+
+
+def test_an_interrupted_call_is_not_run(emulator: Emulator, dev: WorkersDev) -> None:
+    emulator.webhooks_paused = True
+    seen = ask(emulator, write("a", "1"), end(), tools(call("glob", pattern="*")), repeat_output, end())
+    emulator.send(seen.session, {"type": "user.interrupt"})
+    emulator.webhooks_paused = False
+    emulator.say(seen.session, "again")
+    dev.sweep()
+    seen.wait_stopped()
+    said = [event["content"][0]["text"] for event in emulator.events(seen.session, "agent.message")]
+    assert said[-1] == "no matches"
+
+
+def test_an_item_without_a_secret_is_refused(emulator: Emulator, dev: WorkersDev) -> None:
+    emulator.switch(secret="null")
+    since = len(dev.log)
+    seen = ask(emulator, write("a", "1"), end())
+    dev.until_logged(f"action=refused work={seen.session} .*no usable secret", since)
+    assert seen.state == "queued"
+    emulator.delete_session(seen.session)
+
+
+def test_a_healthcheck_is_stopped(emulator: Emulator, dev: WorkersDev) -> None:
+    since = len(dev.log)
+    emulator.add_healthcheck()
+    dev.sweep()
+    dev.until_logged("action=healthcheck", since)
+
+
+# --- what the server may be like, and what may go wrong on the way ----------------------------------------------------
+
+SWITCHES = [
+    {"work_id": "work_"},
+    {"secret": "extra_keys"},
+    {"lease_lapse": "requeue"},
+    {"ack_on_claimed": 409},
+    {"stop_reply": 204},
+    {"token_after_stop": "401"},
+    {"repeated_secret": "fresh_only"},
+    {"created_at_after_requeue": "new"},
+    {"duplicate_tool_result": 200},
+    {"unprocessed_input_at_stop": "strand"},
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: "-".join(map(str, *switch.items())))
+def test_whatever_the_server_is_like_both_messages_are_served(emulator: Emulator, switch: dict[str, object]) -> None:
+    emulator.switch(**switch)
+    seen = ask(emulator, write("a", "1"), end(), read("a"), repeat_output, end())
+    seen.wait_stopped()
+    emulator.say(seen.session, "again")
+    assert seen.wait_idle() == "1"
+    assert seen.claims() == 2
+    seen.wait_stopped()
+
+
+FAULTS = [
+    ("work.poll", "fail", {"status": 503}),
+    ("work.poll", "drop", {}),
+    ("work.ack", "lose_response", {}),
+    ("sessions.get", "fail", {"status": 500, "count": 2}),
+    ("events.stream", "drop", {"count": 2}),
+    ("events.list", "fail", {"status": 502, "count": 3}),
+    ("events.send", "lose_response", {}),
+    ("events.send", "duplicate", {}),
+    ("events.send", "fail", {"status": 503, "count": 2}),
+    ("work.stop", "lose_response", {}),
+    ("work.stop", "fail", {"status": 500}),
+]
+
+
+@pytest.mark.parametrize(("operation", "kind", "how"), FAULTS, ids=[f"{o}-{k}" for o, k, _ in FAULTS])
+def test_whatever_goes_wrong_on_the_way_the_turn_is_served_once(
+    emulator: Emulator, operation: str, kind: str, how: dict[str, int]
+) -> None:
+    fault = emulator.fault(operation, kind, **how)  # type: ignore[arg-type]
+    seen = ask(emulator, write("a", "1"), tools(call("edit", file_path="a", old_string="1", new_string="11")), end())
+    seen.wait_stopped()
+    assert fault.hits == how.get("count", 1)
+    assert seen.results() == [(False, "wrote 1 bytes to a"), (False, "edited a (1 replacement(s))")]
+    assert seen.claims() == 1
+
+
+def test_an_ack_that_fails_leaves_the_item_to_be_offered_again(emulator: Emulator, dev: WorkersDev) -> None:
+    fault = emulator.fault("work.ack", "fail", status=500)
+    seen = ask(emulator, write("a", "1"), end())
+    seen.wait_until(lambda: [beat.status for beat in seen.requests("work.heartbeat")] == [412])
+    emulator.advance(RECLAIM_SECONDS)
+    dev.sweep()
+    seen.wait_stopped()
+    assert (fault.hits, seen.claims(), seen.results()) == (1, 1, [(False, "wrote 1 bytes to a")])
+
+
+def test_lost_beats_do_not_end_a_runner(emulator: Emulator) -> None:
+    """The beat was recorded and not answered: the next one is a 412, and the lease is still ours (R2)."""
+    seen = ask(emulator, tools(custom("theirs")), write("a", "1"), end())
+    seen.wait_until(lambda: seen.claims() == 1)
+    fault = emulator.fault("work.heartbeat", "lose_response")
+    emulator.wait_until(lambda: fault.hits == 1, WAIT_SECONDS)
+    seen.wait_until(lambda: any(beat.status == 412 for beat in seen.requests("work.heartbeat")))
+    (left,) = emulator.pending_calls(seen.session)
+    emulator.send(seen.session, {"type": "user.custom_tool_result", "custom_tool_use_id": left, "content": []})
+    seen.wait_stopped()
+    assert (seen.results()[-1], seen.claims()) == ((False, "wrote 1 bytes to a"), 1)
+
+
+def test_a_stream_cut_in_the_middle_is_opened_again(emulator: Emulator) -> None:
+    seen = start(emulator, write("a", "1"), read("a"), repeat_output, end())
+    emulator.cut_stream(seen.session, after_events=3)
+    emulator.say(seen.session, "go")
+    assert seen.wait_idle() == "1"
+    seen.wait_stopped()
+
+
+# --- load ------------------------------------------------------------------------------------------------------------
+
+
+def test_two_hundred_sessions_at_once(emulator: Emulator, dev: WorkersDev) -> None:
+    """More than may run at once (SANDBOX_MAX_LIVE is 150 here): those that end make room."""
+    all_seen = [start(emulator, write("a", str(n % 10)), repeat_output, end()) for n in range(200)]
+    for seen in all_seen:
+        emulator.say(seen.session, "go")
+    for seen in all_seen:
+        assert seen.wait_idle() == "wrote 1 bytes to a"
+    for seen in all_seen:
+        seen.wait_stopped()
+    claims = [r for r in emulator.requests if r.query.get("expected_last_heartbeat") == ["NO_HEARTBEAT"]]
+    assert sum(any(seen.session in claim.path for seen in all_seen) for claim in claims) == 200
