@@ -24,7 +24,7 @@ from tools.emulator import Emulator, Step, Switches, call, custom, end, repeat_o
 
 NAME = "cloudflare-worker"
 FILES_KEY = "a-password-of-our-choice"
-LEASE_SECONDS = 8
+LEASE_SECONDS = 20
 FREE_PLAN_BYTES = 3 * 1024 * 1024  # of the compressed bundle
 STARTING_SECONDS = 151.0  # past the wait before an item without a claim is looked at
 
