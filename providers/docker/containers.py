@@ -18,11 +18,11 @@ INIT = "/opt/sandbox/sandbox_init.py"
 RUNNER = "/opt/sandbox/sandbox_runner.py"
 EGRESS_DIRECTORY = "/run/egress"
 EGRESS_SOCKET = f"{EGRESS_DIRECTORY}/proxy.sock"
-GRACE_SECONDS = 30  # for a runner to hand over once it is told to; it takes up to 20 s
 ACQUIRED_SECONDS = 60.0  # an acquired sandbox waits at least this long for its `start`
-_FORCE_SECONDS = 5  # after the grace that process 1 gives its runners
+FORCE_SECONDS = 5  # after the grace that process 1 gives its runners
 _EGRESS_MEMORY_MB = 128
 _EGRESS_PIDS = 32
+_EGRESS_STOP_SECONDS = 40  # while runners hand over; without them it ends at once
 _FIRST_GROUP, _GROUPS = 100_000, 1_000_000
 _PROXY_URL = "http://127.0.0.1:3128"
 _NO_PROXY = "localhost,127.0.0.1,::1"
@@ -65,15 +65,22 @@ class Names:
 
 
 def sandbox(
-    names: Names, session_id: str, *, image: str, runtime: str | None, limits: Limits, keep_warm: float
+    names: Names,
+    session_id: str,
+    *,
+    image: str,
+    runtime: str | None,
+    limits: Limits,
+    keep_warm_seconds: float,
+    grace_seconds: int,
 ) -> dict[str, Any]:
     """The container of one session. `image` is an id: a name may mean another image tomorrow."""
     name = names.sandbox(session_id)
     config = {
         "egress": EGRESS_SOCKET,
-        "keep_warm": keep_warm,
+        "keep_warm": keep_warm_seconds,
         "hold": ACQUIRED_SECONDS,
-        "grace": GRACE_SECONDS,
+        "grace": grace_seconds,
     }
     # No LANG, HOME or PATH: the image's. The proxy is told to every program both ways that are in use.
     environment = {"HTTP_PROXY": _PROXY_URL, "HTTPS_PROXY": _PROXY_URL, "NO_PROXY": _NO_PROXY}
@@ -85,7 +92,7 @@ def sandbox(
         "User": "agent",
         "Env": [f"{key}={value}" for key, value in environment.items()],
         "Hostname": "sandbox",
-        "StopTimeout": GRACE_SECONDS + _FORCE_SECONDS,
+        "StopTimeout": grace_seconds + FORCE_SECONDS,
         "HostConfig": _hardened(limits.memory_mb, limits.cpus, limits.pids, runtime)
         | {
             "Ulimits": _ulimits(limits.file_mb),
@@ -116,7 +123,7 @@ def egress(names: Names, *, image: str, network: str, allowed: Sequence[str]) ->
         "User": "egress",
         "Hostname": "egress",
         "WorkingDir": "/",
-        "StopTimeout": _FORCE_SECONDS,
+        "StopTimeout": _EGRESS_STOP_SECONDS,
         "HostConfig": _hardened(_EGRESS_MEMORY_MB, 1.0, _EGRESS_PIDS, None)
         | {
             "NetworkMode": network,

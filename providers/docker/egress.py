@@ -23,7 +23,8 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
 CONNECT_SECONDS = 15.0
 CONNECTIONS_PER_SANDBOX = 128
+QUIET_SECONDS = 1.0
 _SO_PEERGROUPS = 59  # Linux, <asm-generic/socket.h>; Python has no name for it
 _GROUPS = 32
 _NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\Z")
@@ -78,11 +80,26 @@ def parse(entries: Iterable[str]) -> tuple[Rule, ...]:
     return tuple(Rule.parse(entry) for entry in entries)
 
 
+def groups(connection: socket.socket) -> tuple[int, ...]:
+    """The groups of whoever connected: each sandbox has one of its own, and cannot change it."""
+    size = struct.calcsize("I")
+    raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS * size)
+    return struct.unpack(f"{len(raw) // size}I", raw)
+
+
 class Proxy:
     """Serves connections on the socket until the process ends."""
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        *,
+        connections_per_sandbox: int = CONNECTIONS_PER_SANDBOX,
+        sandbox_of: Callable[[socket.socket], tuple[int, ...]] = groups,
+    ) -> None:
         self._rules = rules
+        self._most = connections_per_sandbox
+        self._sandbox_of = sandbox_of
         self._open: collections.Counter[tuple[int, ...]] = collections.Counter()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -106,12 +123,20 @@ class Proxy:
         finally:
             writer.close()
 
+    async def unused(self) -> None:
+        """Returns once no connection has been open for a moment."""
+        since = time.monotonic()
+        while time.monotonic() - since < QUIET_SECONDS:
+            await asyncio.sleep(QUIET_SECONDS / 10)
+            if self._open:
+                since = time.monotonic()
+
     @contextlib.contextmanager
     def _counted(self, connection: socket.socket) -> Iterator[None]:
         """A bound for each sandbox, so that one cannot take the proxy away from the others. Raises
         `ConnectionAbortedError` beyond it."""
-        sandbox = _groups(connection)
-        if self._open[sandbox] >= CONNECTIONS_PER_SANDBOX:
+        sandbox = self._sandbox_of(connection)
+        if self._open[sandbox] >= self._most:
             raise ConnectionAbortedError
         self._open[sandbox] += 1
         try:
@@ -217,20 +242,14 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _groups(connection: socket.socket) -> tuple[int, ...]:
-    """The groups of whoever connected: each sandbox has one of its own, and cannot change it."""
-    size = struct.calcsize("I")
-    raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS * size)
-    return struct.unpack(f"{len(raw) // size}I", raw)
-
-
 def _log(**values: str) -> None:
     with contextlib.suppress(OSError):
         os.write(1, json.dumps({"event": "egress", **values}).encode() + b"\n")
 
 
 async def main(config: dict[str, object]) -> None:
-    """Serves until SIGTERM."""
+    """Serves until SIGTERM, and then whoever still needs it: an Engine that stops tells all containers at once, and the
+    runners hand their sessions over through us."""
     path, allowed = config["socket"], config["allowed"]
     if not isinstance(path, str) or not isinstance(allowed, list):
         raise ValueError("expected a socket and a list of hosts")
@@ -244,9 +263,11 @@ async def main(config: dict[str, object]) -> None:
     os.chmod(fresh, 0o666)  # noqa: S103 - the sandboxes are other users
     listener.listen(1024)
     os.rename(fresh, path)  # in place of one that an earlier proxy has left
-    await asyncio.start_unix_server(Proxy(parse(allowed)).serve, sock=listener, limit=HEAD_BYTES)
+    proxy = Proxy(parse(allowed))
+    await asyncio.start_unix_server(proxy.serve, sock=listener, limit=HEAD_BYTES)
     _log(action="listening", reason=", ".join(allowed))
     await stop.wait()
+    await proxy.unused()
 
 
 if __name__ == "__main__":

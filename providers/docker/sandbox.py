@@ -27,6 +27,7 @@ from containers import Limits, Names
 from engine import Engine, mapped, racing
 
 _ENTER = [*containers.PYTHON, containers.INIT, "enter"]
+GRACE_SECONDS = 30  # for a runner to hand over once it is told to; it takes up to 20 s
 _ATTEMPTS = 10  # to find or make a container that others find, make and remove at the same time
 _ATTEMPT_PAUSE_SECONDS = 0.2
 _INSPECTIONS_AT_ONCE = 8
@@ -127,6 +128,7 @@ class DockerProvider:
         allowed_hosts: Sequence[str] = (),
         egress_network: str = "bridge",
         keep_warm_seconds: float = 300.0,
+        grace_seconds: int = GRACE_SECONDS,
         runner: str = containers.RUNNER,
     ) -> None:
         self._engine = engine
@@ -136,8 +138,14 @@ class DockerProvider:
         allowed = [_api_host(base_url), *allowed_hosts]
         self._egress_spec = partial(containers.egress, self._names, network=egress_network, allowed=allowed)
         self._sandbox_spec = partial(
-            containers.sandbox, self._names, runtime=runtime, limits=self._limits, keep_warm=keep_warm_seconds
+            containers.sandbox,
+            self._names,
+            runtime=runtime,
+            limits=self._limits,
+            keep_warm_seconds=keep_warm_seconds,
+            grace_seconds=grace_seconds,
         )
+        self._stop_seconds = grace_seconds + containers.FORCE_SECONDS
         self._argv = [containers.PYTHON[0], "-I", runner]
         self._egress_lock = asyncio.Lock()
         self._ended: dict[str, float] = {}  # when a container that has ended did so, by its id; it never runs again
@@ -164,18 +172,19 @@ class DockerProvider:
         spec = self._sandbox_spec(session_id, image=image)
         found = await self._engine.container(name)
         created = found is None and await self._create(session_id, spec)
-        if found is None or found["State"]["Status"] == "created":  # by a host that is about to start it, or was killed
+        is_outdated = found is not None and not _is_made_of(found, spec)
+        status = found["State"]["Status"] if found is not None else "created"
+        if status == "created" and not is_outdated:  # by us, or by a host that is about to start it, or was killed
             await self._engine.start(name)
-        elif not found["State"]["Running"]:
+        elif found is not None and not found["State"]["Running"]:
             await self._engine.remove(found["Id"])  # by its id: the name may be another's by now
             return None
         sandbox = DockerSandbox(self._engine, name, created, self._argv)
         state = await sandbox.hold()
-        is_outdated = found is not None and not _is_made_of(found, spec)
         if state and not state["stopping"] and (state["runners"] or not is_outdated):
             return sandbox
         # It is ending, or lost, or what an older image or older settings made and nobody works in.
-        await self._engine.stop(name, containers.GRACE_SECONDS)
+        await self._engine.stop(name, self._stop_seconds)
         return None
 
     async def renew(self, sandbox_id: str, seconds: float) -> None:
@@ -211,9 +220,8 @@ class DockerProvider:
         with mapped():
             found = await self._engine.container(sandbox_id)
             if found is not None:
-                if found["Config"]["Labels"].get(containers.NAMESPACE) != self._names.namespace:
-                    raise LaunchFailed("the container is none of this environment's", retriable=False)
-                await self._engine.stop(found["Id"], containers.GRACE_SECONDS)
+                self._refuse_strangers(sandbox_id, found)
+                await self._engine.stop(found["Id"], self._stop_seconds)
                 await self._engine.remove(found["Id"], force=True)
             for part in (containers.WORKSPACE, containers.HOME):
                 await self._engine.remove_volume(self._names.volume(sandbox_id, part))
@@ -237,6 +245,8 @@ class DockerProvider:
         spec = self._egress_spec(image=image)
         async with self._egress_lock:
             found = await self._engine.container(name)
+            if found is not None:
+                self._refuse_strangers(name, found)
             if found is not None and not _is_made_of(found, spec):
                 await self._engine.remove(found["Id"], force=True)
                 found = None
@@ -246,6 +256,12 @@ class DockerProvider:
                     await self._engine.create(name, spec)
                 if found is None or not found["State"]["Running"]:
                     await self._engine.start(name)
+
+    def _refuse_strangers(self, name: str, found: dict[str, Any]) -> None:
+        """Raises `LaunchFailed` for a container that has one of our names and is none of ours."""
+        if found["Config"]["Labels"].get(containers.NAMESPACE) != self._names.namespace:
+            text = f"the name {name} is taken by a container that is none of this environment's: remove or rename it"
+            raise LaunchFailed(text, retriable=False)
 
     async def _used_at(self, entry: dict[str, Any], limit: asyncio.Semaphore) -> float:
         """When a listed container was last used: now, if it runs."""

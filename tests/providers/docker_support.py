@@ -6,17 +6,20 @@ whatever else the Engine runs; at its end nothing of that namespace is left.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -27,6 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "providers/docker"
 DOCKER = load_folder("docker")
 ENGINE_URL = "unix:///var/run/docker.sock"
+STAND_IN = Path(__file__).with_name("local_runner.py")
+PATIENCE_SECONDS = 30.0
+T = TypeVar("T")
 TOOLS_FILE = "/opt/tools/my_tools.py"
 
 
@@ -130,3 +136,86 @@ def remove_all(name: str) -> None:
         docker("rm", "-f", *found, check=False)
     if found := docker("volume", "ls", "-q", "--filter", label).split():
         docker("volume", "rm", "-f", *found, check=False)
+
+
+class Sandboxes:
+    """A provider in a namespace of its own whose runner is a stand-in, and runs in its sandboxes."""
+
+    RUNNER = "/workspace/stand_in.py"
+
+    def __init__(self, base_url: str | None = None, **options: Any) -> None:
+        self.namespace = f"test-{uuid.uuid4().hex[:12]}"
+        self.options = {
+            "namespace": self.namespace,
+            "base_url": base_url or f"http://{gateway()}:9",
+            "image": image(),
+            "runner": self.RUNNER,
+            "grace_seconds": 5,
+            **options,
+        }
+        self.providers: list[Any] = []
+        self.provider = self.another()
+
+    def another(self, **options: Any) -> Any:
+        """One more worker's provider in the same namespace."""
+        chosen = self.options | options
+        engine = DOCKER.module("engine").Engine(chosen.pop("engine_url", ENGINE_URL))
+        self.providers.append(DOCKER.sandbox.DockerProvider(engine, **chosen))
+        return self.providers[-1]
+
+    async def close(self) -> None:
+        for provider in self.providers:
+            await provider.close()
+        remove_all(self.namespace)
+
+    async def begin(self, session_id: str, *commands: str, provider: Any = None, **job: Any) -> tuple[Any, str]:
+        """Starts a runner and returns its sandbox and the run's id."""
+        sandbox = await (provider or self.provider).acquire(session_id)
+        run = uuid.uuid4().hex
+        started = await sandbox.start(launch({"run": run, "commands": commands, **job}))
+        assert started.outcome == "ready"
+        return sandbox, run
+
+    async def run(self, session_id: str, *commands: str, **job: Any) -> list[str]:
+        """What `commands` print in the session's sandbox, run as the agent's are: below a runner."""
+        sandbox, run = await self.begin(session_id, *commands, **job)
+        done = await until(lambda: self._done(sandbox, run))
+        out: list[str] = done["out"]
+        return out
+
+    async def _done(self, sandbox: Any, run: str) -> dict[str, Any] | None:
+        for line in (await sandbox.tail(1000)).splitlines():
+            if line.startswith('{"event": "done"') and json.loads(line)["run"] == run:
+                return dict(json.loads(line))
+        return None
+
+    async def infos(self, provider: Any = None) -> list[Any]:
+        return [info async for info in (provider or self.provider).sandboxes()]
+
+    def name(self, session_id: str) -> str:
+        return f"sandbox-{self.namespace}-{session_id}"
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        found: list[dict[str, Any]] = json.loads(docker("inspect", name))
+        return found[0]
+
+    def left(self) -> list[str]:
+        """The sandboxes' containers and volumes that the Engine has."""
+        label = f"label=sandboxes.environment={self.namespace}"
+        containers = docker("ps", "-a", "--filter", label, "--format", "{{.Names}}").split()
+        volumes = docker("volume", "ls", "-q", "--filter", label).split()
+        return [name for name in containers + volumes if not name.startswith("sandbox-egress-")]
+
+
+def launch(job: dict[str, Any], files: dict[str, bytes] | None = None) -> Any:
+    stand_in = {"stand_in.py": STAND_IN.read_bytes()}
+    return DOCKER.shared("provider").Launch(stdin=json.dumps(job).encode(), files=files or stand_in)
+
+
+async def until(look: Callable[[], Awaitable[T | None]]) -> T:
+    """Looks at real state until there is what is looked for; fails when it does not come."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (found := await look()):
+        assert time.monotonic() < deadline, "it did not come true"
+        await asyncio.sleep(0.05)
+    return found
