@@ -6,6 +6,7 @@ missing=
 command -v bwrap >/dev/null || missing="$missing bubblewrap"
 command -v ps >/dev/null || missing="$missing procps"
 command -v dockerd >/dev/null || missing="$missing docker.io"
+command -v docker-compose >/dev/null || missing="$missing docker-compose"
 command -v debootstrap >/dev/null || missing="$missing debootstrap"
 command -v chromium >/dev/null || missing="$missing chromium fonts-liberation"
 command -v curl >/dev/null || missing="$missing curl"

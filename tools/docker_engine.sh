@@ -23,22 +23,28 @@ if ! docker version >/dev/null 2>&1; then
     done
 fi
 
-base="sandboxes-test-base:$(sha256sum "$0" | cut -c1-12)"
-if docker image inspect "$base" >/dev/null 2>&1; then
-    echo "docker_engine: $base is here"
-    exit 0
-fi
-echo "docker_engine: making $base from Debian's packages (about a minute)"
-root=$(mktemp -d)
-trap 'rm -rf "$root"' EXIT
-debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$root" >"$root.log" 2>&1 || {
-    tail -n 20 "$root.log" >&2
-    exit 1
-}
-rm -rf "$root.log" "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
-# What this machine trusts, its images trust: it may reach the package index through a proxy with a certificate of its own.
+# What this machine trusts, its images trust: it may reach the package index through a proxy with its own certificate.
 bundle=/etc/ssl/certs/ca-certificates.crt
-cp "$bundle" "$root$bundle"
-tar -C "$root" -c . | docker import \
-    --change "ENV PIP_CERT=$bundle SSL_CERT_FILE=$bundle PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" \
-    - "$base" >/dev/null
+make_base() {
+    root=$(mktemp -d)
+    trap 'rm -rf "$root" "$root.log"' EXIT
+    if ! debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$root" >"$root.log" 2>&1; then
+        tail -n 20 "$root.log" >&2
+        exit 1
+    fi
+    rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
+    cp "$bundle" "$root$bundle"
+    path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+    tar -C "$root" -c . | docker import --change "ENV PATH=$path PIP_CERT=$bundle SSL_CERT_FILE=$bundle" - "$1" >/dev/null
+}
+
+base="sandboxes-test-base:$(sha256sum "$0" | cut -c1-12)"
+if ! docker image inspect "$base" >/dev/null 2>&1; then
+    echo "docker_engine: making $base from Debian's packages (about a minute)"
+    make_base "$base"
+fi
+echo "docker_engine: building the images of providers/docker on $base"
+for file in Dockerfile Dockerfile.worker; do # the tests find their layers
+    folder=$(dirname "$0")/../providers/docker
+    docker build -q --build-arg "BASE_IMAGE=$base" --file "$folder/$file" "$folder" >/dev/null
+done

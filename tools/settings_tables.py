@@ -29,7 +29,7 @@ found = {}
 for f in (f for name in modules for f in declared(importlib.import_module(name))):
     required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     default = None if required else f.default if f.default is not dataclasses.MISSING else f.default_factory()
-    text = ("true" if default else "false") if isinstance(default, bool) else "" if default is None else (
+    text = ("true" if default else "false") if isinstance(default, bool) else "" if default in (None, ()) else (
         f"{default:g}" if isinstance(default, float) and default < 1e6 else str(default))
     found.setdefault(f.metadata["name"], {"name": f.metadata["name"], "help": f.metadata["help"],
         "old_name": f.metadata.get("old_name"), "required": required, "default": text})

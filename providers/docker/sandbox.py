@@ -171,19 +171,23 @@ class DockerProvider:
         name = self._names.sandbox(session_id)
         spec = self._sandbox_spec(session_id, image=image)
         found = await self._engine.container(name)
-        created = found is None and await self._create(session_id, spec)
-        is_outdated = found is not None and not _is_made_of(found, spec)
-        status = found["State"]["Status"] if found is not None else "created"
-        if status == "created" and not is_outdated:  # by us, or by a host that is about to start it, or was killed
+        created, is_outdated = False, False
+        if found is None:
+            created = await self._create(session_id, spec)
             await self._engine.start(name)
-        elif found is not None and not found["State"]["Running"]:
-            await self._engine.remove(found["Id"])  # by its id: the name may be another's by now
-            return None
+        else:
+            self._refuse_strangers(name, found)
+            is_outdated = not _is_made_of(found, spec)
+            if found["State"]["Status"] == "created" and not is_outdated:  # its maker is about to start it, or is dead
+                await self._engine.start(name)
+            elif not found["State"]["Running"]:
+                await self._engine.remove(found["Id"])  # by its id: the name may be another's by now
+                return None
         sandbox = DockerSandbox(self._engine, name, created, self._argv)
         state = await sandbox.hold()
         if state and not state["stopping"] and (state["runners"] or not is_outdated):
             return sandbox
-        # It is ending, or lost, or what an older image or older settings made and nobody works in.
+        # It is ending, or lost, or nobody works in what an older image or older settings made.
         await self._engine.stop(name, self._stop_seconds)
         return None
 
@@ -225,6 +229,19 @@ class DockerProvider:
                 await self._engine.remove(found["Id"], force=True)
             for part in (containers.WORKSPACE, containers.HOME):
                 await self._engine.remove_volume(self._names.volume(sandbox_id, part))
+
+    async def until_no_runner(self, session_id: str) -> None:
+        """Returns when the session has no runner in its sandbox, or no sandbox. Raises `LaunchFailed`."""
+        sandbox = DockerSandbox(self._engine, self._names.sandbox(session_id), False, self._argv)
+        with mapped(), racing():
+            while (state := await sandbox.hold()) and state["runners"]:
+                async for _ in self._engine.execute(sandbox.id, _ENTER, b'{"do": "wait"}\n'):
+                    pass  # it says nothing; the end of it is the answer, or the end of this connection
+
+    async def stop(self, session_id: str) -> None:
+        """Lets the session's runner hand over and ends its sandbox. The files stay. Raises `LaunchFailed`."""
+        with mapped():
+            await self._engine.stop(self._names.sandbox(session_id), self._stop_seconds)
 
     async def close(self) -> None:
         """Closes the connections. The sandboxes go on: the next worker finds them."""

@@ -108,6 +108,8 @@ class Init:
                     state = {"stopping": self._stopping.is_set(), "runners": len(self._runners)}
                     writer.write(json.dumps(state).encode() + b"\n")
                     await writer.drain()
+                elif request.get("do") == "wait" and self._tasks:
+                    await asyncio.wait(list(self._tasks))  # our end closes the connection: that is the answer
         finally:
             writer.close()
 

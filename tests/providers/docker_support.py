@@ -75,19 +75,21 @@ def gateway() -> str:
 @cache
 def image(folder: Path = FOLDER) -> str:
     """The folder's image, built by its Dockerfile as its README says. The layer cache makes a second build cheap."""
-    return _build(folder, f"BASE_IMAGE={base}" if (base := _base()) else None)
+    return _build(folder, f"BASE_IMAGE={found}" if (found := base()) else None)
 
 
 @cache
 def image_with_tools() -> str:
     """The same with custom tools in it, as the README says."""
     with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "my_tools.py").write_text(CUSTOM_TOOLS, encoding="utf-8")
-        Path(directory, "Dockerfile").write_text(f"FROM {image()}\nCOPY my_tools.py {TOOLS_FILE}\n", encoding="utf-8")
-        return _build(Path(directory), None)
+        context = Path(directory, "with-tools")
+        context.mkdir()
+        (context / "my_tools.py").write_text(CUSTOM_TOOLS, encoding="utf-8")
+        (context / "Dockerfile").write_text(f"FROM {image()}\nCOPY my_tools.py {TOOLS_FILE}\n", encoding="utf-8")
+        return _build(context, None)
 
 
-def _base() -> str | None:
+def base() -> str | None:
     """The base that tools/docker_engine.sh makes where there is no registry; else the Dockerfile's own."""
     script = (ROOT / "tools/docker_engine.sh").read_bytes()
     tag = f"sandboxes-test-base:{hashlib.sha256(script).hexdigest()[:12]}"
@@ -95,8 +97,12 @@ def _base() -> str | None:
 
 
 def _build(context: Path, argument: str | None) -> str:
+    # A tag keeps it when somebody removes another name of the same image; one for each clone of this repository.
+    tag = f"sandboxes-test:{hashlib.sha256(f'{ROOT} {context.name}'.encode()).hexdigest()[:12]}"
     with _one_at_a_time():
-        return docker("build", "-q", *(["--build-arg", argument] if argument else []), str(context)).split()[-1]
+        return docker("build", "-q", "-t", tag, *(["--build-arg", argument] if argument else []), str(context)).split()[
+            -1
+        ]
 
 
 @contextmanager

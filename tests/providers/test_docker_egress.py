@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tests.providers.docker_support import DOCKER
 
 egress = DOCKER.module("egress")
 Rule, Refused = egress.Rule, egress.Refused
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
 
 # --- the list ---------------------------------------------------------------------------------------------------------
@@ -175,12 +175,12 @@ async def _page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @asynccontextmanager
 async def _proxied(directory: Path, serve: Serve, *allowed: str, **share: Any) -> AsyncIterator[Proxied]:
-    tasks: set[asyncio.Task[Any]] = set()
+    tasks: set[asyncio.Future[None]] = set()
 
     def followed(served: Serve) -> Serve:
         async def follow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            tasks.add(task := asyncio.ensure_future(asyncio.shield(served(reader, writer))))
-            await task
+            tasks.add(serving := asyncio.ensure_future(served(reader, writer)))
+            await asyncio.shield(serving)
 
         return follow
 

@@ -34,7 +34,7 @@ async def test_twenty_sessions_at_once_are_each_served_in_their_own_sandbox(tmp_
     with Emulator(host=support.gateway()) as emulator:
         world = World(emulator, DOCKER, support.make_provider, tmp_path / "sandboxes")
         try:
-            host = world.host()
+            host = world.host(SANDBOX_LAUNCH_CONCURRENCY="4")  # for a machine with few cores, which has other tests too
             sessions = [emulator.create_session() for _ in range(SESSIONS)]
             for session in sessions:
                 emulator.say(session, f"!ls; echo {session} | tee file")
@@ -178,7 +178,7 @@ async def test_an_engine_that_restarts_or_is_full_loses_no_session(
             host = world.host()
             session = emulator.create_session()
             command = "echo began > file; sleep 60"
-            script = [
+            script: list[Any] = [
                 tools(call("bash", command=command)),
                 tools(call("bash", command="cat file")),
                 repeat_output,

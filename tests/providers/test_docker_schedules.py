@@ -25,6 +25,7 @@ class TestDockerSchedules(ProviderSchedules):
     @pytest.fixture(autouse=True)
     def _on_the_engine(self, tmp_path: Path) -> Iterator[None]:
         type(self).emulator_host = support.gateway()
+        support.image()  # made before the schedule's time begins
         self._namespace = support.namespace(tmp_path / "sandboxes")
         yield
         support.remove_all(self._namespace)

@@ -1,0 +1,67 @@
+"""`compose.yaml`, as the README says to use it: from a directory that holds this folder only, with one command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.providers import docker_support as support
+from tests.providers.docker_support import FOLDER, docker, needs_docker
+from tools.emulator import Emulator
+
+PATIENCE_SECONDS = 60.0
+
+
+def _compose() -> list[str]:
+    """The command: the plugin of today, or the program that Debian has."""
+    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
+    return ["docker", "compose"] if plugin else ["docker-compose"]
+
+
+def _is_missing() -> bool:
+    return support.PROBLEM is None and _compose() == ["docker-compose"] and not shutil.which("docker-compose")
+
+
+@needs_docker
+@pytest.mark.skipif(_is_missing() and not os.environ.get("CI"), reason="no docker compose")
+@pytest.mark.timeout(240)
+async def test_one_command_makes_a_worker_that_serves_and_may_go(tmp_path: Path) -> None:
+    name = f"sandboxes-test-{uuid.uuid4().hex[:8]}"
+    project = tmp_path / name
+    shutil.copytree(FOLDER, project, ignore=shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".env"))
+    support.image()  # its layers are here then
+    with Emulator(host=support.gateway()) as emulator:
+        settings = {
+            "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
+            "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
+            "ANTHROPIC_BASE_URL": emulator.url,
+        }
+        (project / ".env").write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
+        base = {"BASE_IMAGE": found} if (found := support.base()) else {}
+        environ = {**os.environ, **base, "DOCKER_IMAGE": name, "COMPOSE_PROJECT_NAME": name}
+
+        def compose(*arguments: str) -> None:
+            done = subprocess.run(
+                [*_compose(), *arguments], cwd=project, env=environ, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+
+        try:
+            await asyncio.to_thread(compose, "up", "--build", "-d")
+            session = emulator.create_session()
+            emulator.say(session, "!echo the answer is $((6 * 7))")
+            await asyncio.to_thread(emulator.wait_idle, session, PATIENCE_SECONDS)
+            assert "the answer is 42" in str(emulator.events(session, "agent.message"))
+            await asyncio.to_thread(compose, "down", "--rmi", "local")
+            running = docker("ps", "-q", "--filter", f"label=sandboxes.session={session}")
+            assert running  # the worker is gone, its sandbox is not
+        finally:
+            await asyncio.to_thread(compose, "down", "--rmi", "local")
+            support.remove_all(emulator.environment_id)
+            docker("rmi", "-f", name, check=False)
