@@ -38,7 +38,11 @@ def chromium() -> Iterator[Browser]:
     path = installed()
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0  # for which Chromium has no sandbox
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if is_root else [])
+        arguments = [
+            "--disable-dev-shm-usage",
+            *(["--no-sandbox"] if is_root else []),
+        ]  # containers have little /dev/shm
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
         yield browser
         browser.close()
 

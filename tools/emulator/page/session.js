@@ -7,6 +7,7 @@ import { statusOf, workOf } from "./sessions.js";
 
 const TICK_MILLISECONDS = 1000;
 
+let isBrief = false; // for every session, until the page is left
 let shown = null; // the one that is on the page: {id, source, session, parts, events, threads}
 
 export function show(id) {
@@ -73,8 +74,12 @@ function frame(id) {
     h("label", { class: "grow" }, h("span", { class: "hidden-label" }, "Message to the agent"), parts.text),
     h("button", { class: "primary" }, "Send"),
   );
-  const quiet = h("input", { type: "checkbox" });
-  quiet.addEventListener("change", () => parts.events.classList.toggle("brief", quiet.checked));
+  const quiet = h("input", { type: "checkbox", checked: isBrief });
+  parts.events.classList.toggle("brief", isBrief);
+  quiet.addEventListener("change", () => {
+    isBrief = quiet.checked;
+    parts.events.classList.toggle("brief", isBrief);
+  });
   const head = h(
     "header",
     { class: "detail-head" },
