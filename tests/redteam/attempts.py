@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Group = Literal[
-    "The credential", "Others", "The network", "The machine", "The runner", "Using everything up", "Staying"
+    "The credential",
+    "Others",
+    "The network",
+    "The machine",
+    "The runner",
+    "Using everything up",
+    "The session",
+    "Staying",
 ]
 
 
@@ -29,6 +36,8 @@ ATTEMPTS = (
     Attempt("open-files", "The credential", "read it from, or take over, the runner's open files and connections"),
     Attempt("ptrace", "The credential", "trace the runner, or read its memory with process_vm_readv"),
     Attempt("storage", "The credential", "find it, or what is left of the job, in any file"),
+    Attempt("core-dump", "The credential", "crash the runner and find it in the core file"),
+    Attempt("window", "The credential", "look into the next runner before it has hidden itself"),
     Attempt("file-tools", "The credential", "have the file tools follow a link or a path out of the working directory"),
     Attempt("shared-memory", "Others", "read shared memory of the host's"),
     Attempt("keyring", "Others", "read the kernel keys of the session that started the host"),
@@ -55,6 +64,12 @@ ATTEMPTS = (
     Attempt("process-memory", "Using everything up", "take more memory in one process than the limit"),
     Attempt("total-memory", "Using everything up", "take more memory in several processes than the limit"),
     Attempt("output", "Using everything up", "drown the runner in a command's output"),
+    Attempt("kill", "The session", "strand it by killing the runner"),
+    Attempt("freeze", "The session", "strand it by stopping the runner (SIGSTOP)"),
+    Attempt("lock", "The session", "strand it by making the runner's lock unusable"),
+    Attempt("stale-lock", "The session", "strand it with a forged lock that a process of the agent's holds"),
+    Attempt("journal", "The session", "strand it by making the journal of begun calls a trap"),
+    Attempt("wreck", "The session", "strand it by closing the working directory to itself"),
     Attempt("background", "Staying", "leave a process that outlives the runner"),
     Attempt("next-runner", "Staying", "have the next runner, or what starts it, run a planted file"),
 )  # fmt: skip

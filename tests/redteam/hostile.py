@@ -702,6 +702,8 @@ __import__(__name__)
 def arm_next_runner() -> Any:
     """Traps for the next runner's interpreter and shell, each of which notes who ran it."""
     log, home, here = os.path.abspath("rt-trap"), os.path.expanduser("~"), os.getcwd()
+    if not any(os.path.realpath(home).startswith(os.path.realpath(place)) for place in CONFIG["places"]):
+        raise Unclear(f"{home} is none of the sandbox's: this would plant traps in somebody's own home")
     user_site = f"{home}/.local/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
     os.makedirs(user_site, exist_ok=True)
     for name in ("anthropic", "anyio", "runner_process"):

@@ -8,18 +8,22 @@ by running them against a runner that defends nothing (`tests/redteam/test_carel
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import ctypes
 import hashlib
 import json
 import os
+import re
 import shlex
 import socket
 import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,12 +31,18 @@ import pytest
 
 from tests.redteam import statements
 from tests.redteam.attempts import NAMES
-from tests.world import Core, Host, World
+from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS, Core, Host, World
 from tools.emulator import Emulator, call, end, say, tools
 
+SABOTEUR = Path(__file__).with_name("sabotage.py")
+_LEFT_SECONDS = 60.0  # that the call would go on after the deeds
 HOSTILE = Path(__file__).with_name("hostile.py")
 LATER = frozenset({"background", "next-runner"})
-INSIDE = frozenset(NAMES) - LATER - {"file-tools", "output"}
+CRASH = ("lock", "journal", "core-dump")  # deeds in one session, the last ends the runner
+HANG = ("stale-lock", "wreck", "window")  # and in another, the last stops it
+SABOTAGE = frozenset({*CRASH, *HANG, "kill", "freeze"})
+INSIDE = frozenset(NAMES) - LATER - SABOTAGE - {"file-tools", "output"}
+LEASE_SECONDS = 6.0  # so that a runner beats every three, and one that does not is known to be out of action soon
 _OUTPUT_BYTES = 8_000_000
 _MOST_CHARACTERS = 200_000  # of a tool's result; the SDK keeps the last 100 KiB of what a command prints
 
@@ -120,14 +130,18 @@ class RedTeam:
     # --- the test ----------------------------------------------------------------------------------------------------
 
     async def test_the_statements_are_true(self, attacked: dict[str, Verdict]) -> None:
-        stated = self.stated()
-        wrong = [
-            f"{name} is stated to be {statement.outcome}, but: {attacked[name].evidence or 'no evidence'}"
-            for name, statement in stated.items()
-            if statement.outcome != "not_tried" and attacked[name].broke != (statement.outcome == "not_defended")
-        ]
-        assert not wrong, "\n".join(wrong)
-        assert attacked.keys() == {name for name in NAMES if stated[name].outcome != "not_tried"}
+        _assert_true({name: each for name, each in self.stated().items() if name not in SABOTAGE}, attacked)
+
+    async def test_the_statements_about_sabotage_are_true(self, tmp_path: Path) -> None:
+        stated = {name: each for name, each in self.stated().items() if name in SABOTAGE}
+        tried = {name for name, each in stated.items() if each.outcome != "not_tried"}
+        if not tried:
+            return
+        with Emulator(host=self.emulator_host, lease_ttl=LEASE_SECONDS) as emulator:
+            world = World(emulator, self.core, self._recorded, tmp_path / "sandboxes")
+            verdicts = await Sabotage(world.host(), tried, self.isolated).run()
+            await world.close()
+        _assert_true(stated, verdicts)
 
     # --- how it is done ----------------------------------------------------------------------------------------------
 
@@ -137,18 +151,19 @@ class RedTeam:
 
     @pytest.fixture
     async def world(self, tmp_path: Path) -> AsyncIterator[World]:
-        def make(root: Path, settings: Any, **options: Any) -> Recorder:
-            return Recorder(self.make_provider(root, settings, **options))
-
         with Emulator(host=self.emulator_host) as emulator:
-            world = World(emulator, self.core, make, tmp_path / "sandboxes")
+            world = World(emulator, self.core, self._recorded, tmp_path / "sandboxes")
             yield world
             await world.close()
+
+    def _recorded(self, root: Path, settings: Any, **options: Any) -> Recorder:
+        return Recorder(self.make_provider(root, settings, **options))
 
     @pytest.fixture
     async def attacked(self, world: World, marks: Marks, tmp_path: Path) -> dict[str, Verdict]:
         """Every attempt that is tried, made; the verdicts by name."""
-        tried = [name for name, statement in self.stated().items() if statement.outcome != "not_tried"]
+        stated = self.stated()
+        tried = [name for name in NAMES if name not in SABOTAGE and stated[name].outcome != "not_tried"]
         with bait(tmp_path, marks) as lures:
             neighbour = world.host(SANDBOX_MAX_IDLE_SECONDS="60")  # it stays while the other one is attacked
             await _settle_in(neighbour, marks)
@@ -161,6 +176,17 @@ class RedTeam:
             }
             campaign = Campaign(world.host(provider=neighbour.provider), marks, config, world.emulator.environment_key)
             return await campaign.run(tried)
+
+
+def _assert_true(stated: dict[str, statements.Statement], verdicts: dict[str, Verdict]) -> None:
+    tried = {name: each for name, each in stated.items() if each.outcome != "not_tried"}
+    wrong = [
+        f"{name} is stated to be {each.outcome}, but: {verdicts[name].evidence or 'no evidence'}"
+        for name, each in tried.items()
+        if verdicts[name].broke != (each.outcome == "not_defended")
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert verdicts.keys() == tried.keys()
 
 
 async def _settle_in(host: Host, marks: Marks) -> None:
@@ -289,6 +315,75 @@ class Campaign:
             if not any(refusal in text for refusal in refusals)
         ]  # fmt: skip
         return Verdict(bool(let_through), f"{len(calls)} calls; not refused: {let_through or 'none'}")
+
+
+class Sabotage:
+    """Two sessions at the same time. Each must go on: what the deeds interrupted has an answer, and the next message
+    finds a runner that works."""
+
+    def __init__(self, host: Host, tried: set[str], isolated: bool) -> None:
+        self._host = host
+        self._saboteur = f"RT_EVERYONE={isolated:d} python3 -I rt-sabotage.py $PPID"
+        self._emulator = host.emulator
+        self._tried = tried
+        # The last deed of each is what it takes to see the others' effect: another runner.
+        needed = tried | {deeds[-1] for deeds in (CRASH, HANG) if tried & {*deeds, "kill", "freeze"}}
+        groups = {"kill": CRASH, "freeze": HANG}
+        self._deeds = {group: [deed for deed in deeds if deed in needed] for group, deeds in groups.items()}
+        self._sessions = {group: self._emulator.create_session() for group, deeds in self._deeds.items() if deeds}
+
+    async def run(self) -> dict[str, Verdict]:
+        plant = f"cat > rt-sabotage.py <<'EOT'\n{SABOTEUR.read_text()}\nEOT"
+        for group, session in self._sessions.items():
+            doing = f"{self._saboteur} {' '.join(self._deeds[group])}; sleep {_LEFT_SECONDS:g}"
+            steps = [tools(call("bash", command=command)) for command in (plant, doing)]
+            self._emulator.set_script(session, [*steps, say("told"), end()])
+            self._emulator.say(session, "go")
+        await self._host.dispatcher.drain()
+        for session in self._sessions.values():
+            await self._host.until(partial(self._is_over, session))
+        self._emulator.advance(LAPSE_SECONDS)
+        self._emulator.advance(HEALABLE_SECONDS)
+        await self._host.dispatcher.sweep()
+        verdicts = await asyncio.gather(*map(self._verdicts, self._sessions))
+        return {name: verdict for each in verdicts for name, verdict in each.items() if name in self._tried}
+
+    def _is_over(self, session: str) -> bool:
+        """The call has an answer, or the lease lapsed: its runner has not been heard of for two beats."""
+        if len(self._host.results(session)) == 2:
+            return True
+        beat = self._emulator.work(session)["latest_heartbeat_at"]
+        silent = (self._emulator.now() - datetime.fromisoformat(beat)).total_seconds() if beat else 0.0
+        return silent > LEASE_SECONDS
+
+    async def _verdicts(self, group: str) -> dict[str, Verdict]:
+        """Of every attempt in the group; the group's name is one of them."""
+        session, names = self._sessions[group], [group, *self._deeds[group]]
+        try:
+            told = await self._aftermath(session)
+        except TimeoutError:
+            stranded = f"nobody serves the session: its item is {self._emulator.work(session)['state']}"
+            return dict.fromkeys(names, Verdict(True, stranded))
+        if told[0]:
+            return dict.fromkeys(names, Verdict(True, f"the next command failed: {told[1][:300]}"))
+        found = json.loads(told[1])
+        assert "window" not in names or "its memory was" in found["notes"], f"no next runner was seen: {found['notes']}"
+        prizes = {_hash(value) for value in self._host.provider.credentials}
+        loot = {"core-dump": found["loot"], "window": re.findall(r"loot (\w+)", found["notes"])}
+        evidence = f"the session goes on; {found}"
+        return {name: Verdict(bool(prizes & set(loot.get(name, []))), evidence) for name in names}
+
+    async def _aftermath(self, session: str) -> tuple[bool, str]:
+        """What the next turn finds: (is an error, text). Raises `TimeoutError` when there is none."""
+        await self._host.answer(session)
+        first, second = self._host.results(session)
+        assert not first[0], first
+        assert second[0], f"the runner outlived what was done to it: {second}"
+        self._emulator.set_script(session, [tools(call("bash", command=self._saboteur)), say("on"), end()])
+        self._emulator.say(session, "go on")
+        await self._host.dispatcher.drain()
+        await self._host.answer(session)
+        return self._host.results(session)[-1]
 
 
 def _hash(text: str) -> str:

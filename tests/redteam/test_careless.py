@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ RUNNER = Path(__file__).with_name("careless_runner.py")
 # What defends here is not ours to take away: the SDK, or the kernel against whoever is not root.
 OF_THE_SDK = ("file-tools", "output")
 OF_THE_KERNEL = ("become-root", "mount", "namespaces", "kernel-settings", "devices", "sniffing", "redirect")
+# A careless runner that is killed is healed like any other. It has no lock and no journal, to break or to keep.
+OF_THE_HOST = ("kill", "freeze")
+OF_THE_LOCK = ("lock", "stale-lock", "journal", "wreck")
 
 
 class TestCareless(RedTeam):
@@ -28,6 +32,16 @@ class TestCareless(RedTeam):
     def stated(self) -> dict[str, Statement]:
         stated = dict.fromkeys(NAMES, Statement("not_defended"))
         stated |= dict.fromkeys(OF_THE_SDK, Statement("defended"))
+        stated |= dict.fromkeys(OF_THE_HOST, Statement("defended"))
+        stated |= dict.fromkeys(OF_THE_LOCK, Statement("not_tried"))
         if os.geteuid() != 0:
             stated |= dict.fromkeys(OF_THE_KERNEL, Statement("not_tried"))
+        if not _dumps_core_beside():
+            stated["core-dump"] = Statement("not_tried")
         return stated
+
+
+def _dumps_core_beside() -> bool:
+    """Whether this machine puts a core file into the working directory of what crashed."""
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text()
+    return not pattern.startswith(("|", "/")) and resource.getrlimit(resource.RLIMIT_CORE)[1] != 0
