@@ -198,7 +198,9 @@ class DaytonaProvider:
             if sandbox.labels.get(ENVIRONMENT_LABEL) != self._environment_id:
                 raise LaunchFailed("Daytona has a sandbox of this name that is not this environment's", retriable=False)
             await _bring_up(sandbox)
-            answer = await sandbox.process.exec(f"test -r {self._runner}", timeout=CALL_SECONDS)
+            # Not from the working directory, which the agent may have shut: that is undone here.
+            look = f"chmod u+rwx {image.WORKSPACE}; test -r {self._runner}"
+            answer = await sandbox.process.exec(look, cwd="/", timeout=CALL_SECONDS)
             if answer.exit_code != 0:
                 reason = (
                     f"the sandbox has no {self._runner}: DAYTONA_SNAPSHOT names a snapshot that bake.py did not bake"
