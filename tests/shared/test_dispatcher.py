@@ -126,6 +126,21 @@ async def test_drains_that_wait_for_one_another_all_end(emulator: Emulator, make
     await asyncio.gather(*(twice() for _ in range(5)))
 
 
+async def test_a_poll_does_not_wait_for_the_launches_and_close_does(
+    emulator: Emulator, make_dispatcher: MakeDispatcher
+) -> None:
+    emulator.create_session()
+    gate = Gate()
+    dispatcher = make_dispatcher(FakeProvider(gate))
+    await dispatcher.poll()
+    await gate.entered.get()
+    closing = asyncio.create_task(dispatcher.close(30))
+    gate.opened.set()
+    await closing
+    assert gate.inside == 0
+    assert polls(emulator) == 2  # the item, and an empty queue
+
+
 async def test_launches_run_side_by_side(emulator: Emulator, make_dispatcher: MakeDispatcher) -> None:
     sessions = [emulator.create_session() for _ in range(6)]
     gate = Gate()

@@ -89,13 +89,17 @@ class Dispatcher:
 
     async def drain(self) -> None:
         """Polls until the queue is empty and waits for the launches that came of it."""
+        await self.poll()
+        if self._launches:
+            await asyncio.wait(list(self._launches.values()))
+
+    async def poll(self) -> None:
+        """Polls until the queue is empty. The launches that came of it go on: `close` waits for them."""
         self.wake()
         if (draining := self._draining) is not None:
             await asyncio.wait([draining])
             if not draining.cancelled():
                 draining.result()
-        if self._launches:
-            await asyncio.wait(list(self._launches.values()))
 
     async def sweep(self) -> None:
         """What must happen even when no webhook ever arrives (P1): drain, heal, renew, clean up. Run it each minute."""
