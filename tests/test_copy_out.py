@@ -34,6 +34,7 @@ SERVERS: dict[str, dict[str, str] | None] = {
     "docker": {"DOCKER_IMAGE": "{image}"},
     "local": {"LOCAL_ROOT": "{directory}/sandboxes", "ALLOW_UNISOLATED_TOOLS": "true"},
     "modal": None,
+    "vercel": None,  # tests/providers/test_vercel_build.py: `vercel build` of a copy, run by Vercel's runtime
 }
 SERVED = [
     pytest.param(name, marks=docker_support.needs_docker if name == "docker" else [])

@@ -11,6 +11,7 @@ command -v debootstrap >/dev/null || missing="$missing debootstrap"
 command -v chromium >/dev/null || missing="$missing chromium fonts-liberation"
 command -v curl >/dev/null || missing="$missing curl"
 command -v npm >/dev/null || missing="$missing nodejs npm" # brings the Node that tools/node locks
+command -v redis-server >/dev/null || missing="$missing redis-server"
 
 if [ -z "$missing" ]; then
     echo "ci_setup: everything is here"

@@ -1,0 +1,561 @@
+"""The Vercel provider: one named, persistent Vercel Sandbox per session.
+
+Names are unique in a project, so the name is the mapping from session to sandbox and the lock on making it. A store,
+where there is one, keeps instances from doing the same work at once; it is asked only when there is something to make.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from subprocess import PIPE, STDOUT
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import anyio
+import httpx2
+from vercel.sandbox import (
+    NetworkPolicy,
+    NetworkPolicyMatcher,
+    NetworkPolicyRequestMatcher,
+    NetworkPolicyRule,
+    NetworkPolicyTransform,
+    Process,
+    ProcessSignal,
+    Sandbox,
+    SandboxApiError,
+    SandboxClient,
+    SandboxCredentialsError,
+    SandboxQueryByName,
+    SandboxResources,
+    SandboxResponseError,
+    SandboxServiceOptions,
+    SandboxStatus,
+    SandboxStdinError,
+    SandboxStreamError,
+    SandboxTerminalStateError,
+    SnapshotExpiration,
+    SnapshotRetention,
+    SnapshotSource,
+    TagFilter,
+)
+
+import image
+from _shared.errors import LaunchFailed
+from _shared.log import line
+from _shared.provider import Launch, SandboxInfo, Started, read_ready
+from _shared.runner_job import sessions_token
+from _shared.session_store import SessionStore
+from _shared.settings import Settings, count, flag, load, seconds, setting, url
+from store import UpstashSessionStore, open_store
+
+_log = logging.getLogger(__name__)
+
+PREFIX = "cma-"
+CLAIM_SECONDS = 60.0  # for making or mending one sandbox; who takes longer may get company, and names still guard
+CLAIM_PAUSE_SECONDS = 0.3
+LOOK_SECONDS = 50.0  # between two looks for unused sandboxes: a call for each that runs, once in a sweep
+CALLS_AT_ONCE = 10
+TAIL_SECONDS = 3.0  # the log of a running process has no end
+HAND_OVER_SECONDS = 150.0  # before the plan's limit: twice the time that a runner needs to leave
+FAILURES_SECONDS = 600.0
+FAILURES = 25  # about two launches' attempts
+_DAY_SECONDS = 86400.0
+_LOG_CHARACTERS = 500
+_KILL_SECONDS = 5.0
+SETPRIV = "/usr/bin/setpriv"
+AS_AGENT = ["--reuid", image.AGENT, "--regid", image.AGENT, "--init-groups", "--no-new-privs", "--"]
+_NO_SECRET = base64.urlsafe_b64encode(b'{"sessions_token": "added-by-the-firewall"}').decode()
+_RUNNING = frozenset({SandboxStatus.PENDING, SandboxStatus.RUNNING})
+
+# What Vercel's API may answer: (what it means, whether the same call may succeed within seconds). Another status is a
+# bug. 409, 404 and 410 are met where they are expected; elsewhere the sandbox changed under us.
+_STATUSES = {
+    400: ("refused the request", False),
+    401: ("does not accept the credentials", False),
+    402: ("asks for payment: the plan's allowance is used up", False),
+    403: ("forbids it: check the token, the team and the project", False),
+    404: ("does not know the sandbox or the snapshot", True),
+    408: ("timed out", True),
+    409: ("says that the sandbox is changing", True),
+    410: ("says that the sandbox has stopped", True),
+    413: ("says that the request is too large", False),
+    422: ("refused the request", False),
+    423: ("says that the sandbox is locked", True),
+    425: ("is not ready", True),
+    429: ("asks to slow down, or the plan's number of sandboxes is reached", True),
+}
+_ERRORS: dict[type[Exception], tuple[str, bool]] = {
+    SandboxCredentialsError: (
+        "there are no Vercel credentials: turn on OIDC in the project's settings",
+        False,
+    ),
+    SandboxTerminalStateError: ("the sandbox ended while it was made", True),
+    SandboxResponseError: ("Vercel's answer was not understood", True),
+    SandboxStreamError: ("the sandbox's output ended early", True),
+    SandboxStdinError: ("the job did not reach the runner", True),
+    anyio.BrokenResourceError: ("the runner ended before it read its job", True),
+    httpx2.TransportError: ("Vercel cannot be reached", True),
+}
+_FAILURES: tuple[type[Exception], ...] = (SandboxApiError, *_ERRORS)
+
+
+def _hosts(value: str) -> tuple[str, ...]:
+    hosts = tuple(host.strip() for host in value.split(",") if host.strip())
+    if not hosts or any("/" in host or ":" in host for host in hosts):
+        raise ValueError("expected host names separated by commas, or *")
+    return hosts
+
+
+@dataclass(frozen=True)
+class VercelSettings:
+    """What this provider needs beside the shared settings."""
+
+    snapshot_id: str | None = setting(
+        "VERCEL_SNAPSHOT_ID",
+        "The snapshot that `bake.py` has made. Without it, each new sandbox first installs what a runner needs.",
+        default=None,
+    )
+    image: str | None = setting(
+        "VERCEL_SANDBOX_IMAGE",
+        "The image of new sandboxes where no snapshot is set. Unset: Vercel's default.",
+        default=None,
+    )
+    vcpus: int = setting(
+        "VERCEL_SANDBOX_VCPUS", "Virtual CPUs of a sandbox; memory goes with them.", parse=count, default=2
+    )
+    sandbox_seconds: float = setting(
+        "VERCEL_SANDBOX_SECONDS",
+        "How long a sandbox runs at least after each launch. A sweep extends it while a runner works; where sweeps do"
+        " not run every minute, set it to the longest turn you expect.",
+        parse=seconds,
+        default=300.0,
+    )
+    allowed_hosts: tuple[str, ...] | None = setting(
+        "SANDBOX_ALLOWED_HOSTS",
+        "What a sandbox may connect to besides the API: host names separated by commas (`*.example.com` for all below"
+        " one), or `*` for everything. Unset: nothing else.",
+        parse=_hosts,
+        default=None,
+    )
+    inject_credential: bool = setting(
+        "VERCEL_INJECT_CREDENTIAL",
+        "Let Vercel's firewall add the session's token to the runner's requests, on the session's own paths only, so"
+        " that the sandbox never holds it. Not tried on Vercel itself.",
+        parse=flag,
+        default=False,
+    )
+    api_url: str | None = setting(
+        "VERCEL_SANDBOX_API_URL", "Vercel's Sandbox API, where it is not the usual one.", parse=url, default=None
+    )
+
+
+def open_provider(environ: Mapping[str, str], settings: Settings, store: SessionStore | None = None) -> VercelProvider:
+    """The provider as the environment describes it, with the environment's store unless one is given. Raises
+    `SettingsError`. Vercel's credentials are looked up by its SDK at each call."""
+    own = load(VercelSettings, environ)
+    client = SandboxClient.create(options=SandboxServiceOptions(base_url=own.api_url))
+    return VercelProvider(client, settings, own, store=store or open_store(environ, settings.environment_id))
+
+
+class VercelProvider:
+    """The sandboxes of one environment in one Vercel project."""
+
+    name = "vercel"
+
+    def __init__(
+        self,
+        client: SandboxClient,
+        settings: Settings,
+        own: VercelSettings,
+        *,
+        store: SessionStore | None = None,
+        wanted: image.Image | None = None,
+        program: str | None = None,
+        look_seconds: float = LOOK_SECONDS,
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._own = own
+        self._store = store
+        self._image = wanted or image.load(Path(__file__).resolve().parent)
+        self._program = program
+        self._look_seconds, self._look_at = look_seconds, 0.0
+        self._hold_seconds = max(own.sandbox_seconds, settings.keep_warm_seconds)
+
+    async def acquire(self, session_id: str) -> VercelSandbox:
+        """The session's sandbox, running, prepared, and with time to work."""
+        name = self._name(session_id)
+        with mapped():
+            await self._refuse_after_failures(name)
+            sandbox, created = await self._ready(name), False
+            if sandbox is None:
+                async with self._alone(name):
+                    sandbox, created = await self._make(name, session_id)
+        return VercelSandbox(self, sandbox, created)
+
+    async def renew(self, sandbox_id: str, seconds: float) -> None:
+        """Extends the sandbox's time. Where the plan allows no more, its runner is told to hand over in time."""
+        with mapped():
+            sandbox = await self._find(sandbox_id)
+            if sandbox is None or sandbox.status not in _RUNNING:
+                return
+            has_time = await self._extend(sandbox, max(seconds, self._hold_seconds))
+            if not has_time and _left(sandbox) < HAND_OVER_SECONDS:
+                await self._hand_over(sandbox)
+
+    async def sandboxes(self) -> AsyncIterator[SandboxInfo]:
+        """Those with our prefix and this environment's tag. Now and then, those that were unused for
+        SANDBOX_KEEP_WARM_SECONDS are stopped on the way."""
+        tag = TagFilter(key="environment", value=self._settings.environment_id)
+        ours = SandboxQueryByName(name_prefix=PREFIX, tag=tag)
+        with mapped():
+            found = [sandbox async for sandbox in self._client.query_sandboxes(query=ours)]
+        running = {sandbox.name for sandbox in found if sandbox.status in _RUNNING}
+        running -= await self._stop_unused(running)
+        for sandbox in found:
+            if session_id := (sandbox.tags or {}).get("session"):
+                created = (sandbox.created_at or 0) / 1000
+                used = (sandbox.status_updated_at or sandbox.updated_at or 0) / 1000
+                yield SandboxInfo(session_id, sandbox.name, created, used, sandbox.name in running)
+
+    async def release(self, sandbox_id: str) -> None:
+        """Deletes the sandbox and its disk."""
+        with mapped():
+            if sandbox := await self._find(sandbox_id):
+                with _but_for(404):
+                    await sandbox.destroy(delete_orphan_snapshots=True)
+
+    async def close(self) -> None:
+        """Closes the connections. The sandboxes go on."""
+        await self._client.aclose()
+        if isinstance(self._store, UpstashSessionStore):
+            await self._store.close()
+
+    # --- making one --------------------------------------------------------------------------------------------------
+
+    def _name(self, session_id: str) -> str:
+        """One for each session of each environment, of characters that any naming rule allows."""
+        identity = f"{self._settings.environment_id}/{session_id}".encode()
+        return PREFIX + hashlib.sha256(identity).hexdigest()[:32]
+
+    async def _ready(self, name: str) -> Sandbox | None:
+        """The sandbox if it only needs to be resumed."""
+        with _but_for(404, 410):
+            sandbox = await self._client.resume_sandbox(name=name)
+            sandbox = await self._with_time(sandbox)
+            if await self._is_prepared(sandbox):
+                await self._close_off(sandbox)
+                return sandbox
+        return None
+
+    async def _make(self, name: str, session_id: str) -> tuple[Sandbox, bool]:
+        """Creates the sandbox, or finds that another instance has, and prepares it."""
+        sandbox = await self._resume(name)
+        created = sandbox is None
+        if sandbox is None:
+            try:
+                sandbox = await self._create(name, session_id)
+            except SandboxApiError as error:
+                if error.status_code != 409:
+                    raise
+                sandbox, created = await self._client.resume_sandbox(name=name), False  # somebody was faster
+        sandbox = await self._with_time(sandbox)
+        if not await self._is_prepared(sandbox):
+            await self._prepare(sandbox)
+        await self._close_off(sandbox)
+        return sandbox, created
+
+    async def _resume(self, name: str) -> Sandbox | None:
+        try:
+            return await self._client.resume_sandbox(name=name)
+        except SandboxApiError as error:
+            if error.status_code == 410 and error.code == "snapshot_not_found":
+                # Its disk has expired, and with it the session's files: the name is all that is left.
+                _log.warning(line("expired", provider=self.name, sandbox=name, reason="its snapshot is gone"))
+                await self.release(name)
+            elif error.status_code != 404:
+                raise
+        return None
+
+    async def _create(self, name: str, session_id: str) -> Sandbox:
+        kept = max(self._settings.retention_seconds, 0.0) + _DAY_SECONDS  # the sweep deletes first
+        snapshot = self._own.snapshot_id
+        return await self._client.create_sandbox(
+            name=name,
+            source=SnapshotSource(snapshot_id=snapshot) if snapshot else None,
+            image=None if snapshot else self._own.image,
+            persistent=True,
+            tags={"environment": self._settings.environment_id, "session": session_id},
+            execution_time_limit=timedelta(seconds=self._hold_seconds),
+            resources=SandboxResources(vcpus=self._own.vcpus),
+            network_policy=self._policy() if snapshot else NetworkPolicy.allow_all(),  # until the SDK is installed
+            snapshot_expiration=SnapshotExpiration(timedelta(seconds=kept)),
+            snapshot_retention=SnapshotRetention(count=1),
+        )
+
+    async def _is_prepared(self, sandbox: Sandbox) -> bool:
+        """Proves that it can exec, too."""
+        one, other = self._image.marks
+        done = await sandbox.run_process("test", ["-e", one, "-a", "-e", other], capture_output=True)
+        return done.returncode == 0
+
+    async def _prepare(self, sandbox: Sandbox) -> None:
+        """Installs what a runner needs, with the network open and nothing of the agent's alive."""
+        began = time.monotonic()
+        _log.info(
+            line("prepare", provider=self.name, sandbox=sandbox.name, reason="no snapshot, or one of another version")
+        )
+        await sandbox.run_process("pkill", ["-KILL", "-u", image.AGENT], sudo=True, capture_output=True)
+        await sandbox.update(network_policy=NetworkPolicy.allow_all())
+        await install(sandbox, self._image)
+        ms = round((time.monotonic() - began) * 1000)
+        _log.info(line("prepared", provider=self.name, sandbox=sandbox.name, ms=ms))
+
+    async def _with_time(self, sandbox: Sandbox) -> Sandbox:
+        """Gives it the time for a launch and the first sweep; one that the plan gives no more is started anew."""
+        if await self._extend(sandbox, self._hold_seconds):
+            return sandbox
+        if _left(sandbox) < min(HAND_OVER_SECONDS, self._hold_seconds):
+            await self._hand_over(sandbox)
+            await sandbox.stop()
+            sandbox = await self._client.resume_sandbox(name=sandbox.name)
+        return sandbox
+
+    async def _extend(self, sandbox: Sandbox, seconds: float) -> bool:
+        """Whether it has `seconds` left now."""
+        if (missing := seconds - _left(sandbox)) <= 1:
+            return True
+        with _but_for(400, 402, 403, 422):
+            await sandbox.extend_execution_time_limit(timedelta(seconds=missing + 1))
+            return True
+        return False
+
+    async def _hand_over(self, sandbox: Sandbox) -> None:
+        """Tells the runners to leave."""
+        for process in await sandbox.query_processes():
+            if process.returncode is None:
+                _log.info(line("hand_over", provider=self.name, sandbox=sandbox.name, reason="its time is up"))
+                with _but_for(404, 410):
+                    await process.send_signal(ProcessSignal.SIGTERM)
+
+    async def _find(self, name: str) -> Sandbox | None:
+        with _but_for(404):
+            return await self._client.get_sandbox(name=name)
+        return None
+
+    # --- ending one --------------------------------------------------------------------------------------------------
+
+    async def _stop_unused(self, names: set[str]) -> set[str]:
+        """Looks at each once in a while; which ones it has stopped."""
+        if time.monotonic() < self._look_at:
+            return set()
+        self._look_at = time.monotonic() + self._look_seconds
+        few = asyncio.Semaphore(CALLS_AT_ONCE)
+
+        async def look(name: str) -> bool:
+            async with few:
+                try:
+                    with mapped():
+                        return await self._stop_if_unused(name)
+                except LaunchFailed as error:
+                    _log.warning(line("stop", provider=self.name, sandbox=name, error=error, reason=str(error)))
+                    return False
+
+        ordered = sorted(names)
+        stopped = await asyncio.gather(*(look(name) for name in ordered))
+        return {name for name, is_stopped in zip(ordered, stopped, strict=True) if is_stopped}
+
+    async def _stop_if_unused(self, name: str) -> bool:
+        """A launch and each renewal leave it `_hold_seconds`: what is missing of them, it was unused for."""
+        sandbox = await self._find(name)
+        if sandbox is None or sandbox.status not in _RUNNING:
+            return sandbox is None
+        if self._hold_seconds - _left(sandbox) <= self._settings.keep_warm_seconds:
+            return False
+        with _but_for(404, 410):
+            if any(process.returncode is None for process in await sandbox.query_processes()):
+                return False
+            await sandbox.stop()
+        _log.info(line("stopped", provider=self.name, sandbox=name, reason="unused"))
+        return True
+
+    # --- the network -------------------------------------------------------------------------------------------------
+
+    def _policy(self, rules: tuple[NetworkPolicyRule, ...] = ()) -> NetworkPolicy:
+        api = urlsplit(self._settings.base_url).hostname or ""
+        hosts = self._own.allowed_hosts or ()
+        return NetworkPolicy.custom({**dict.fromkeys(hosts, ()), api: rules})
+
+    async def _close_off(self, sandbox: Sandbox) -> None:
+        """Sets the network policy if the sandbox has another one, as after a change of SANDBOX_ALLOWED_HOSTS."""
+        wanted, has = set(self._policy().allow), sandbox.network_policy
+        as_wanted = has is not None and has.mode == "custom" and set(has.allowed_domains) == wanted
+        if not as_wanted or (has and has.injection_rules and not self._own.inject_credential):
+            await sandbox.update(network_policy=self._policy())
+
+    async def brief(self, sandbox: Sandbox, stdin: bytes) -> bytes:
+        """The job as this sandbox may have it. With VERCEL_INJECT_CREDENTIAL its token goes to the firewall instead,
+        which adds it where the session's own paths are asked for."""
+        job = json.loads(stdin) if self._own.inject_credential else {}
+        token = sessions_token(job.get("ANTHROPIC_WORK_SECRET"))
+        if token is None:
+            return stdin
+        session, environment, work = (job[f"ANTHROPIC_{name}_ID"] for name in ("SESSION", "ENVIRONMENT", "WORK"))
+        base = re.escape(urlsplit(self._settings.base_url).path)
+        own = f"sessions/{session}|environments/{environment}/work/{work}|skills|memory_stores"
+        rule = NetworkPolicyRule(
+            match=NetworkPolicyRequestMatcher(path=NetworkPolicyMatcher.regex(f"^{base}/v1/({own})(/.*)?$")),
+            transform=[NetworkPolicyTransform(headers={"authorization": f"Bearer {token}"})],
+        )
+        await sandbox.update(network_policy=self._policy((rule,)))
+        return json.dumps(job | {"ANTHROPIC_WORK_SECRET": _NO_SECRET}).encode()
+
+    # --- between instances -------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, name: str) -> AsyncIterator[None]:
+        """One instance at a time makes or mends a sandbox, where there is a store."""
+        if self._store is None:
+            yield
+            return
+        key, owner = f"making:{name}", uuid4().hex
+        while not await self._store.claim(key, owner, CLAIM_SECONDS):  # noqa: ASYNC110 - in another process
+            await asyncio.sleep(CLAIM_PAUSE_SECONDS)
+        try:
+            yield
+        finally:
+            await self._store.release(key, owner)
+
+    async def _refuse_after_failures(self, name: str) -> None:
+        if self._store is not None and int(await self._store.get(f"failures:{name}") or 0) >= FAILURES:
+            minutes = round(FAILURES_SECONDS / 60)
+            reason = f"no runner started in it {FAILURES} times within {minutes} minutes: it is left alone so long"
+            raise LaunchFailed(reason, retriable=False)
+
+    async def count_failure(self, name: str) -> None:
+        if self._store is not None:
+            await self._store.increment(f"failures:{name}", FAILURES_SECONDS)
+
+    def command(self) -> list[str]:
+        """The arguments of setpriv that start a runner as the agent's user, who can become nobody else."""
+        return [*AS_AGENT, *self._image.command(self._program)]
+
+
+class VercelSandbox:
+    """One session's sandbox."""
+
+    def __init__(self, provider: VercelProvider, sandbox: Sandbox, created: bool) -> None:
+        self.id = sandbox.name
+        self.created = created
+        self._provider = provider
+        self._sandbox = sandbox
+
+    async def start(self, launch: Launch) -> Started:
+        """Starts the runner detached, writes the job to its standard input, and reads what it says until it is
+        ready."""
+        try:
+            with mapped():
+                if launch.files:
+                    await self._put(launch.files)
+                process = await self._sandbox.create_process(
+                    SETPRIV, self._provider.command(), cwd="/", sudo=True, stdin=PIPE, stdout=PIPE, stderr=STDOUT
+                )
+                try:
+                    await self._tell(process, await self._provider.brief(self._sandbox, launch.stdin))
+                    return await read_ready(self._lines(process))
+                finally:
+                    if process.stdout is not None:
+                        await process.stdout.aclose()
+        except LaunchFailed:
+            await self._provider.count_failure(self.id)
+            raise
+
+    async def tail(self, lines: int) -> str:
+        """The end of what the last runner has said. It resumes a sandbox that has stopped."""
+        said: list[str] = []
+        with mapped():
+            runners = [each for each in await self._sandbox.query_processes() if each.name == SETPRIV]
+            if runners and (output := max(runners, key=lambda each: each.started_at).stdout) is not None:
+                with anyio.move_on_after(TAIL_SECONDS):
+                    while text := await output.readline():
+                        said.append(text.rstrip("\n"))
+        return "\n".join(said[-lines:])
+
+    async def _put(self, files: Mapping[str, bytes]) -> None:
+        """Writes files below the working directory, as the agent's user: nothing of the agent's leads elsewhere."""
+        unpack = [*AS_AGENT, "tar", "-x", "-f", "-", "-C", image.WORKSPACE]
+        done = await self._sandbox.run_process(
+            SETPRIV, unpack, cwd="/", sudo=True, input=image.tar(files), capture_output=True
+        )
+        if done.returncode:
+            raise LaunchFailed("the session's files could not be written", retriable=False)
+
+    async def _tell(self, process: Process, stdin: bytes) -> None:
+        """The job goes to standard input and nowhere else (R11). A runner that does not get it is not left waiting."""
+        try:
+            if process.stdin is not None:
+                await process.stdin.send(stdin)
+                await process.stdin.aclose()
+        except BaseException:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_KILL_SECONDS), contextlib.suppress(*_FAILURES):
+                await process.kill()
+            raise
+
+    async def _lines(self, process: Process) -> AsyncIterator[bytes]:
+        while process.stdout is not None and (text := await process.stdout.readline()):
+            _log.info(line("runner", provider="vercel", sandbox=self.id, reason=text.strip()[:_LOG_CHARACTERS]))
+            yield text.encode()
+
+
+async def install(sandbox: Sandbox, wanted: image.Image) -> None:
+    """Makes a sandbox ready for runners; the one step that needs the network. Raises `LaunchFailed`."""
+    arguments = ["-c", image.SCRIPT, wanted.sdk, wanted.runner]
+    done = await sandbox.run_process("bash", arguments, cwd="/", sudo=True, input=wanted.archive, capture_output=True)
+    if done.returncode:
+        words = (done.stderr or "").strip().rpartition("\n")[2][-_LOG_CHARACTERS:]
+        raise LaunchFailed(f"what a runner needs could not be installed: {words}", retriable=True)
+
+
+def _left(sandbox: Sandbox) -> float:
+    """Seconds until the sandbox's time is up; 0 when it does not say."""
+    session = sandbox.current_session
+    began = (session.started_at or session.requested_at) if session else None
+    if session is None or began is None or session.execution_time_limit is None:
+        return 0.0
+    return began / 1000 + session.execution_time_limit.total_seconds() - time.time()
+
+
+@contextlib.contextmanager
+def _but_for(*statuses: int) -> Iterator[None]:
+    """Lets these answers of Vercel's pass in silence."""
+    try:
+        yield
+    except SandboxApiError as error:
+        if error.status_code not in statuses:
+            raise
+
+
+@contextlib.contextmanager
+def mapped() -> Iterator[None]:
+    """Turns what Vercel and its SDK raise into our error. Their texts can embed requests: they are not repeated."""
+    try:
+        yield
+    except SandboxApiError as error:
+        meaning = ("has trouble", True) if error.status_code >= 500 else _STATUSES.get(error.status_code)
+        if meaning is None:
+            raise
+        raise LaunchFailed(f"Vercel {meaning[0]} ({error.status_code})", retriable=meaning[1]) from error
+    except tuple(_ERRORS) as error:
+        text, retriable = next(_ERRORS[kind] for kind in type(error).__mro__ if kind in _ERRORS)
+        raise LaunchFailed(text, retriable=retriable) from error
