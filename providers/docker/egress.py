@@ -39,7 +39,8 @@ QUIET_SECONDS = 1.0
 _SO_PEERGROUPS = 59  # Linux, <asm-generic/socket.h>; Python has no name for it
 _GROUPS = 32
 _NAME = re.compile(r"(?=.{1,253}\Z)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*\Z")
-_NOT_PASSED_ON = re.compile(rb"(?:connection|proxy-[a-z-]+|keep-alive|te|upgrade)\s*:", re.IGNORECASE)
+_HEADER = re.compile(rb"[\w!#$%&'*+.^`|~-]+:[^\r\n\0]*")
+_NOT_PASSED_ON = re.compile(rb"(?:host|connection|proxy-[a-z-]+|keep-alive|te|upgrade):", re.IGNORECASE)
 
 
 class Refused(Exception):
@@ -197,9 +198,13 @@ def parse_head(raw: bytes) -> Head:
         raise Refused("400 Bad Request", "expected CONNECT host:port, or an absolute http:// URL")
     if _address(host) is None and not _NAME.match(host):
         raise Refused("400 Bad Request", "the host is no name and no address")
+    if not all(_HEADER.fullmatch(header) for header in headers):
+        raise Refused("400 Bad Request", "a header is none, or hides another one")
     path = f"{url.path or '/'}{'?' + url.query if url.query else ''}"
     kept = [header for header in headers if not _NOT_PASSED_ON.match(header)]
-    passed_on = b"\r\n".join([f"{method} {path} HTTP/1.1".encode(), *kept, b"Connection: close", b"", b""])
+    # The Host that was allowed, whatever the request had: a server of many sites would serve another one.
+    site = f"Host: {url.netloc.lower()}".encode()
+    passed_on = b"\r\n".join([f"{method} {path} HTTP/1.1".encode(), site, *kept, b"Connection: close", b"", b""])
     return Head(host, port, is_tunnel, passed_on)
 
 
@@ -220,7 +225,7 @@ async def _resolve(host: str, port: int, *, private: bool) -> list[str]:
 def may_be_reached(text: str, private: bool) -> bool:
     """Whether a name may lead to this address: a public one, or, with `private`, one of a private network."""
     address = _address(text)
-    if address is None or address.is_multicast or address.is_loopback or address.is_link_local:
+    if address is None or address.is_multicast or address.is_loopback or address.is_link_local or address in _METADATA:
         return False
     if isinstance(address, ipaddress.IPv6Address) and _hides_ipv4(address):
         return False
@@ -232,6 +237,8 @@ def _hides_ipv4(address: ipaddress.IPv6Address) -> bool:
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Where clouds hand out credentials in networks that are private otherwise: AWS, Google, Scaleway.
+_METADATA = [ipaddress.ip_address(text) for text in ("fd00:ec2::254", "fd20:ce::254", "fd00:42::42")]
 _PRIVATE = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")]
 
 

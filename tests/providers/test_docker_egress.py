@@ -72,6 +72,7 @@ def test_what_is_no_entry_is_refused(entry: str) -> None:
         ("192.168.1.1", True, False),
         ("172.17.0.1", True, False),
         ("fd12:3456::1", True, False),
+        ("fd00:ec2::254", False, False),  # AWS's metadata, in a private range
         ("127.0.0.1", False, False),
         ("::1", False, False),
         ("0.0.0.0", False, False),  # noqa: S104 - nothing is bound
@@ -103,6 +104,19 @@ def test_a_plain_request_goes_on_without_what_is_the_proxys() -> None:
     assert (head.host, head.port, head.is_tunnel) == ("example.com", 8080, False)
     expected = b"POST /a/b?c=d HTTP/1.1\r\nHost: example.com:8080\r\nContent-Length: 2\r\nConnection: close\r\n\r\n"
     assert head.passed_on == expected
+
+
+def test_a_plain_request_goes_to_the_site_that_was_allowed_and_not_to_another_of_its_server() -> None:
+    head = egress.parse_head(b"GET http://Example.com:8080/ HTTP/1.1\r\nhost: evil.net\r\nHost: other.net\r\n\r\n")
+    assert head.passed_on == b"GET / HTTP/1.1\r\nHost: example.com:8080\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "header", [b" Host: evil.net", b"Host : evil.net", b"X: y\nHost: evil.net", b"X: y\rHost: z", b"x"]
+)
+def test_a_header_that_hides_another_is_refused(header: bytes) -> None:
+    with pytest.raises(Refused, match="hides another"):
+        egress.parse_head(b"GET http://example.com/ HTTP/1.1\r\nAccept: */*\r\n" + header + b"\r\n\r\n")
 
 
 @pytest.mark.parametrize(
