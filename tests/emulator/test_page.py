@@ -157,7 +157,10 @@ def test_a_session_that_is_deleted(emulator: Emulator, open_page: Open) -> None:
     emulator.delete_session(session_id)
     expect(row(page, session_id)).to_have_count(0)
     expect(detail(page)).to_contain_text("This session has been deleted.")
+    page.wait_for_timeout(1200)  # longer than what lets a lease count down, which must not wake it again
+    expect(detail(page)).to_contain_text("This session has been deleted.")
     expect(detail(page).get_by_role("button", name="Send")).to_be_disabled()
+    expect(detail(page).get_by_role("button", name="Force stop")).to_be_disabled()
 
 
 def test_a_session_that_never_was(emulator: Emulator, chromium: Browser) -> None:

@@ -1,7 +1,7 @@
 """What the page sees: two streams of server-sent events, one over everything, one of a session.
 
-The first message is the whole, each later one what has changed since, at most a few a second. A row is compared by a
-few numbers before it is built, so a thousand quiet sessions cost little.
+The first message is the whole, each later one what has changed since, at most ten a second. A row is compared by a few
+numbers before it is built, so a thousand quiet sessions cost little.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .clock import stamp
 from .engine import Engine, wait_event
 from .state import Event, Session, WorkItem
 from .state.catalog import Environment
+from .state.sessions import OpenCall
 from .timeline import rounds
 from .webhooks import Delivery
 
@@ -74,7 +75,7 @@ class Overview:
         yield "clock", {"advanced": it.clock.advanced.total_seconds(), "skew": it.clock.skew.total_seconds()}
         yield "environments", [_environment(each, now) for each in it._world.environments.values()]
         last = [_delivery(each) for each in it.deliveries[-LAST_DELIVERIES:]]
-        yield "webhooks", {**webhooks(it), "attempts": len(it.deliveries), "last": last}
+        yield "webhooks", {**webhooks(it), "last": last}
         yield "faults", [fault.shown() for fault in it.faults()]
         yield "switches", asdict(it.switches)
 
@@ -97,7 +98,6 @@ def _row(session: Session, item: WorkItem | None) -> Json:
         "id": session.id,
         "title": session.title,
         "created_at": stamp(session.created_at),
-        "last_at": session.log[-1]["processed_at"] if session.log else stamp(session.created_at),
         "status": session.status,
         "events": len(session.log) + len(session.inbox),
         "open_calls": len(calls),
@@ -190,20 +190,13 @@ class Detail:
         calls = session.turn.open_calls.values() if session.turn else ()
         names = {thread.id: thread.agent_name for thread in session.threads.values()}
         yield "threads", names
-        yield (
-            "calls",
-            [
-                {
-                    "id": each.id,
-                    "name": each.call.name,
-                    "input": each.call.input,
-                    "is_custom": each.call.is_custom,
-                    "is_confirmed": each.is_confirmed,
-                }
-                for each in calls
-            ],
-        )
+        yield "calls", [_call(each) for each in calls]
         yield "rounds", rounds(session, item, self._deliveries)
+
+
+def _call(it: OpenCall) -> Json:
+    call = {"id": it.id, "name": it.call.name, "input": it.call.input}
+    return {**call, "is_custom": it.call.is_custom, "is_confirmed": it.is_confirmed}
 
 
 def overview_stream(emulator: Emulator) -> Response:
@@ -235,7 +228,7 @@ async def _frames(emulator: Emulator, view: Overview | Detail) -> AsyncIterator[
                 if message.get("is_deleted"):
                     return
                 await asyncio.sleep(PACE_SECONDS)
-            # What the test's own thread changes, a fault or a switch, rings no bell.
+            # What a test changes in its own thread, a fault or a switch, rings no bell.
             if not await wait_event(changed, RECHECK_SECONDS):
                 quiet += RECHECK_SECONDS
                 if quiet >= KEEP_ALIVE_SECONDS:

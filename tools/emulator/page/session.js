@@ -32,7 +32,7 @@ export function pause() {
 }
 
 export function resume() {
-  if (shown !== null) connect(shown);
+  if (shown !== null && !shown.isGone) connect(shown);
 }
 
 function connect(it) {
@@ -46,7 +46,7 @@ function connect(it) {
 }
 
 setInterval(() => {
-  if (shown?.session) showWork(shown);
+  if (shown?.session && !shown.isGone) showWork(shown);
 }, TICK_MILLISECONDS);
 
 // The frame
@@ -93,7 +93,7 @@ function frame(id) {
   const log = h(
     "section",
     { class: "log", "aria-label": "Events" },
-    h("h3", {}, "Events ", parts.eventCount, h("label", { class: "check" }, quiet, "Without bookkeeping")),
+    h("div", { class: "head" }, h("h3", {}, "Events ", parts.eventCount), h("label", { class: "check" }, quiet, "Without bookkeeping")),
     parts.events,
     parts.leftOut,
   );
@@ -103,6 +103,7 @@ function frame(id) {
 
 function gone(it, text) {
   it.source.close();
+  it.isGone = true;
   it.parts.calls.hidden = true;
   for (const control of it.parts.head.querySelectorAll("button, input")) control.disabled = true;
   setText(it.parts.facts, text);

@@ -15,12 +15,12 @@ let parts = null;
 
 export function start() {
   parts = { armed: h("ul", { class: "plain faults" }), none: h("p", { class: "muted" }, "Nothing is armed."), switches: h("div", { class: "switches" }) };
-  parts.clear = h("button", { type: "button", class: "aside", hidden: true, onclick: () => ask("DELETE", "/faults") }, "Switch all off");
+  parts.clear = h("button", { type: "button", hidden: true, onclick: () => ask("DELETE", "/faults") }, "Switch all off");
   parts.form = faultForm();
   parts.clock = h("span", { class: "muted" });
   byId("view-trouble").append(
     h("h2", {}, "Trouble"),
-    h("section", { class: "card" }, h("h3", {}, "Faults ", parts.clear), parts.none, parts.armed, parts.form),
+    h("section", { class: "card" }, h("div", { class: "head" }, h("h3", {}, "Faults"), parts.clear), parts.none, parts.armed, parts.form),
     h("section", { class: "card" }, h("h3", {}, "Clock ", parts.clock), clockForm()),
     h(
       "section",
