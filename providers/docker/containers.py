@@ -20,9 +20,10 @@ EGRESS_DIRECTORY = "/run/egress"
 EGRESS_SOCKET = f"{EGRESS_DIRECTORY}/proxy.sock"
 ACQUIRED_SECONDS = 60.0  # an acquired sandbox waits at least this long for its `start`
 FORCE_SECONDS = 5  # after the grace that process 1 gives its runners
-_EGRESS_MEMORY_MB = 128
-_EGRESS_PIDS = 32
+_EGRESS_MEMORY_MB = 256
+_EGRESS_PIDS = 64  # names are resolved on up to 32 threads
 _EGRESS_STOP_SECONDS = 40  # while runners hand over; without them it ends at once
+_SANDBOX_FILES = 4096
 _FIRST_GROUP, _GROUPS = 100_000, 1_000_000
 _PROXY_URL = "http://127.0.0.1:3128"
 _NO_PROXY = "localhost,127.0.0.1,::1"
@@ -95,7 +96,7 @@ def sandbox(
         "StopTimeout": grace_seconds + FORCE_SECONDS,
         "HostConfig": _hardened(limits.memory_mb, limits.cpus, limits.pids, runtime)
         | {
-            "Ulimits": _ulimits(limits.file_mb),
+            "Ulimits": _ulimits(core=0, nofile=_SANDBOX_FILES, fsize=limits.file_mb << 20),
             "NetworkMode": "none",
             # A group of its own, by which the proxy tells it from others. It owns nothing.
             "GroupAdd": [str(_FIRST_GROUP + zlib.crc32(name.encode()) % _GROUPS)],
@@ -126,6 +127,7 @@ def egress(names: Names, *, image: str, network: str, allowed: Sequence[str]) ->
         "StopTimeout": _EGRESS_STOP_SECONDS,
         "HostConfig": _hardened(_EGRESS_MEMORY_MB, 1.0, _EGRESS_PIDS, None)
         | {
+            "Ulimits": _ulimits(core=0),  # of open files the Engine's own limit: two for each connection
             "NetworkMode": network,
             "RestartPolicy": {"Name": "unless-stopped"},  # it is back when the Engine is
             "Mounts": [_volume(names.egress, EGRESS_DIRECTORY)],
@@ -157,15 +159,13 @@ def _hardened(memory_mb: int, cpus: float, pids: int, runtime: str | None) -> di
         "NanoCpus": int(cpus * 1e9),
         "PidsLimit": pids,
         "IpcMode": "private",
-        "Ulimits": _ulimits(None),
         "LogConfig": {"Type": "json-file", "Config": {"max-size": "1m", "max-file": "2"}},
         **({"Runtime": runtime} if runtime else {}),
     }
 
 
-def _ulimits(file_mb: int | None) -> list[dict[str, Any]]:
+def _ulimits(**limits: int) -> list[dict[str, Any]]:
     """For each process. No core dumps: they would be files with a process's memory in them."""
-    limits = {"core": 0, "nofile": 4096, **({"fsize": file_mb << 20} if file_mb else {})}
     return [{"Name": name, "Soft": most, "Hard": most} for name, most in limits.items()]
 
 

@@ -34,7 +34,7 @@ DEFAULT_PORTS = frozenset({80, 443})
 HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
 CONNECT_SECONDS = 15.0
-CONNECTIONS_PER_SANDBOX = 128
+CONNECTIONS_PER_SANDBOX = 64
 QUIET_SECONDS = 1.0
 _SO_PEERGROUPS = 59  # Linux, <asm-generic/socket.h>; Python has no name for it
 _GROUPS = 32
@@ -230,6 +230,12 @@ def may_be_reached(text: str, private: bool) -> bool:
     if isinstance(address, ipaddress.IPv6Address) and _hides_ipv4(address):
         return False
     return address.is_global or (private and any(address in network for network in _PRIVATE))
+
+
+def is_loopback(text: str) -> bool:
+    """Whether this is an address of whoever uses it."""
+    address = _address(text)
+    return address is not None and address.is_loopback
 
 
 def _hides_ipv4(address: ipaddress.IPv6Address) -> bool:

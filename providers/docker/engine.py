@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 import aiodocker
@@ -139,7 +139,7 @@ class Engine:
             return "".join(await self.handle(name).log(stdout=True, stderr=True, tail=lines))
         return ""
 
-    async def execute(self, container_id: str, argv: Sequence[str], stdin: bytes) -> AsyncIterator[bytes]:
+    async def execute(self, container_id: str, argv: Sequence[str], stdin: bytes) -> AsyncGenerator[bytes, None]:
         """Runs a command in a container and yields the lines of its output. `stdin` is sent on the attached stream:
         the Engine records the command, and never what flows (R11)."""
         execution = await self.handle(container_id).exec(list(argv), stdin=True, stdout=True, stderr=True)

@@ -12,6 +12,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -32,7 +33,7 @@ _ATTEMPTS = 10  # to find or make a container that others find, make and remove 
 _ATTEMPT_PAUSE_SECONDS = 0.2
 _INSPECTIONS_AT_ONCE = 8
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
-_LOOPBACK = ("localhost", "127.", "::1", "[::1]")
+_ENDED = ("created", "exited", "dead", "removing")  # of the Engine's states those in which nothing runs
 
 
 def _hosts(value: str) -> tuple[str, ...]:
@@ -201,6 +202,7 @@ class DockerProvider:
             listed = await self._engine.containers([f"{key}={value}" for key, value in ours.items()])
             limit = asyncio.Semaphore(_INSPECTIONS_AT_ONCE)
             used_at = await asyncio.gather(*(self._used_at(entry, limit) for entry in listed))
+            self._ended = {entry["Id"]: self._ended[entry["Id"]] for entry in listed if entry["Id"] in self._ended}
             volumes = await self._engine.volumes(
                 [f"{key}={value}" for key, value in self._names.labels(containers.WORKSPACE).items()]
             )
@@ -208,7 +210,7 @@ class DockerProvider:
         for entry, last in zip(listed, used_at, strict=True):
             session_id = entry["Labels"][containers.SESSION]
             sessions.add(session_id)
-            running = entry["State"] == "running"
+            running = entry["State"] not in _ENDED
             yield SandboxInfo(session_id, self._names.sandbox(session_id), float(entry["Created"]), last, running)
         for volume in volumes:
             session_id = volume["Labels"][containers.SESSION]
@@ -282,7 +284,7 @@ class DockerProvider:
 
     async def _used_at(self, entry: dict[str, Any], limit: asyncio.Semaphore) -> float:
         """When a listed container was last used: now, if it runs."""
-        if entry["State"] == "running":
+        if entry["State"] not in _ENDED:
             return time.time()
         if entry["Id"] not in self._ended:
             async with limit:
@@ -307,7 +309,8 @@ class DockerSandbox:
         request = {"do": "start", "argv": self._argv, "files": files, "stdin": len(launch.stdin)}
         stdin = json.dumps(request).encode() + b"\n" + b"".join(launch.files.values()) + launch.stdin
         with mapped():
-            return await read_ready(self._engine.execute(self.id, _ENTER, stdin))
+            async with aclosing(self._engine.execute(self.id, _ENTER, stdin)) as output:
+                return await read_ready(output)
 
     async def tail(self, lines: int) -> str:
         """The end of the container's log: what its runners said."""
@@ -316,8 +319,9 @@ class DockerSandbox:
 
     async def hold(self) -> dict[str, Any] | None:
         """What process 1 says of itself; it then waits a while for a `start`. None when it does not answer."""
-        async for line in self._engine.execute(self.id, _ENTER, b'{"do": "hold"}\n'):
-            return dict(json.loads(line))
+        async with aclosing(self._engine.execute(self.id, _ENTER, b'{"do": "hold"}\n')) as output:
+            async for line in output:
+                return dict(json.loads(line))
         return None
 
 
@@ -330,7 +334,7 @@ def _api_host(base_url: str) -> str:
     """The API's host and port, as an entry of the allow-list. Raises `SettingsError` for a loopback address."""
     parts = urlsplit(base_url)
     host = parts.hostname or ""
-    if host.startswith(_LOOPBACK):
+    if host == "localhost" or egress.is_loopback(host):
         raise SettingsError(
             "ANTHROPIC_BASE_URL leads to this machine's loopback, where no container gets: serve it on the address of"
             " the Engine's bridge (mostly 172.17.0.1) and name that"

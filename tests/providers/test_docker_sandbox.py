@@ -413,3 +413,49 @@ async def test_a_session_id_that_is_no_name_is_refused(sandboxes: Sandboxes) -> 
     for session_id in ("../x", "", "a b", "x" * 129):
         with pytest.raises(LaunchFailed, match="cannot be the name"):
             await sandboxes.provider.acquire(session_id)
+
+
+def _opened(**settings: str) -> Any:
+    environ = {"ANTHROPIC_ENVIRONMENT_ID": "env_1", "ANTHROPIC_ENVIRONMENT_KEY": "k", **settings}
+    return DOCKER.sandbox.open_provider(environ, DOCKER.shared("settings").Settings.from_env(environ))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ANTHROPIC_BASE_URL": "http://127.0.0.1:8000"},
+        {"ANTHROPIC_BASE_URL": "http://localhost:8000"},
+        {"ANTHROPIC_BASE_URL": "http://[::1]:8000"},
+        {"ANTHROPIC_ENVIRONMENT_ID": "../x"},
+        {"SANDBOX_ALLOWED_HOSTS": "https://example.com"},
+        {"DOCKER_CPUS": "0"},
+        {"DOCKER_MEMORY_MB": "much"},
+        {"DOCKER_HOST": "/var/run/docker.sock"},
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(settings: dict[str, str]) -> None:
+    (name,) = settings
+    with pytest.raises(SettingsError, match=name):
+        _opened(**settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "entry"),
+    [
+        ("https://api.anthropic.com", "api.anthropic.com:443"),
+        ("http://172.17.0.1:8000", "172.17.0.1:8000"),
+        ("https://[fd00::1]", "[fd00::1]:443"),
+        ("https://localhost.example.com", "localhost.example.com:443"),
+    ],
+)
+def test_the_api_can_always_be_reached(url: str, entry: str) -> None:
+    provider = _opened(ANTHROPIC_BASE_URL=url, SANDBOX_ALLOWED_HOSTS="example.com, *.example.org")
+    (argument,) = provider._egress_spec(image="x")["Cmd"]
+    assert json.loads(argument)["allowed"] == [entry, "example.com", "*.example.org"]
+
+
+def test_an_error_that_the_table_does_not_list_is_a_bug() -> None:
+    engine = DOCKER.module("engine")
+    error = engine.aiodocker.DockerError(418, "I'm a teapot")
+    with pytest.raises(engine.aiodocker.DockerError), engine.mapped():
+        raise error
