@@ -377,6 +377,8 @@ async def _bring_up(sandbox: AsyncSandbox) -> None:
             raise LaunchFailed("the sandbox was broken and is made anew; its files are lost", retriable=True)
         else:
             await sandbox.wait_for_sandbox_start(CHANGE_SECONDS)
+    except DaytonaBadRequestError as error:
+        raise LaunchFailed(f"Daytona refuses to start the sandbox: {_said(error)}", retriable=True) from error
     except DaytonaError as error:
         if _state(sandbox) not in _BROKEN:
             raise
@@ -410,8 +412,8 @@ def _retry_after(error: DaytonaError) -> float:
 
 
 def _said(error: DaytonaError) -> str:
-    """What the API said about a sandbox it would not create; the request held nothing secret."""
-    return error.message.removeprefix("Failed to create sandbox: ").partition("\n")[0][:200]
+    """What the API said about a sandbox it would not create or start; the request held nothing secret."""
+    return (error.message.partition(": ")[2] or error.message).partition("\n")[0][:200]
 
 
 def _seconds(moment: str | None) -> float:

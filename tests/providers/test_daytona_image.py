@@ -126,6 +126,12 @@ async def test_a_failed_build_is_told_and_can_be_repeated(
     assert await baking.bake(settings(daytona)) == 0
 
 
+def test_what_it_would_bake_can_be_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bake.py", "--show"])
+    assert bake.main() == 0
+    assert capsys.readouterr().out == f"# {image.name()}\n{image.dockerfile()}\n"
+
+
 async def test_a_refused_key_is_told(daytona: DaytonaDouble, capsys: pytest.CaptureFixture[str]) -> None:
     own = settings(daytona)
     daytona.key = "dtn_another"

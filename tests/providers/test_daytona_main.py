@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.fakes.daytona import DaytonaDouble
@@ -108,14 +108,19 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    env: dict[str, str], directory: Path, *, folder: Path = FOLDER.path, python: str = sys.executable
+    env: dict[str, str],
+    directory: Path,
+    app: str = "main:app",
+    *,
+    folder: Path = FOLDER.path,
+    python: str = sys.executable,
 ) -> Iterator[Server]:
     """`uvicorn main:app` in the folder."""
     log = directory / f"log-{time.monotonic_ns()}.txt"
     listener = socket.create_server(("127.0.0.1", 0))
     with log.open("w") as output:
         process = subprocess.Popen(
-            [python, "-m", "uvicorn", "main:app", "--fd", str(listener.fileno()), "--timeout-graceful-shutdown", "5"],
+            [python, "-m", "uvicorn", app, "--fd", str(listener.fileno()), "--timeout-graceful-shutdown", "5"],
             cwd=folder,
             env=env,
             pass_fds=[listener.fileno()],
@@ -156,7 +161,10 @@ def test_a_copy_bakes_its_snapshot_and_serves_a_session_when_a_signed_webhook_ar
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert "baked sandboxes-" in done.stdout
 
-    with serving(env, tmp_path, folder=copy.folder, python=str(copy.python)) as server:
+    # Without polling: once the sweep at the start has looked at the list, only a webhook brings work for a minute.
+    (copy.folder / "host.py").write_text("from main import create_app\n\napp = create_app(poll=False)\n")
+    with serving(env, tmp_path, "host:app", folder=copy.folder, python=str(copy.python)) as server:
+        emulator.wait_until(lambda: any(each.operation == "work.list" for each in emulator.requests), PATIENCE_SECONDS)
         emulator.set_webhook_url(server.webhook_url)
         assert "from the image 42" in say(emulator, "echo $(cat /opt/sandbox_files/hello.txt) $((6 * 7))")
         assert emulator.deliveries[0].is_ok
@@ -207,11 +215,11 @@ def test_two_replicas_serve_each_session_once_and_one_may_be_killed(
 
 
 @contextlib.asynccontextmanager
-async def in_process(env: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
+async def in_process(env: dict[str, str]) -> AsyncIterator[httpx2.AsyncClient]:
     """The application in this process, and a client of it."""
     main = FOLDER.module("main")
     app = main.create_app(main.Host.from_env(env))
-    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host")
+    client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://host")
     async with app.router.lifespan_context(app), client:
         yield client
 

@@ -184,6 +184,17 @@ async def test_a_stop_between_acquire_and_start_is_tried_again(daytona: DaytonaD
         assert (await (await provider.acquire(SESSION)).start(Launch(stdin=b"{}"))).outcome == "ready"
 
 
+async def test_a_start_that_is_refused_says_why(daytona: DaytonaDouble) -> None:
+    daytona.quota = 1
+    async with provided(daytona) as provider:
+        await provider.acquire(SESSION)
+        daytona.stop(daytona.box(SESSION))
+        await provider.acquire("sesn_2")
+        error = await refused(provider.acquire(SESSION))
+    assert error.retriable
+    assert "Total CPU limit exceeded" in str(error)
+
+
 async def test_a_broken_sandbox_is_recovered_with_its_disk_where_daytona_can(daytona: DaytonaDouble) -> None:
     async with provided(daytona) as provider:
         first = await provider.acquire(SESSION)
