@@ -209,9 +209,9 @@ async def _serve(config: dict[str, Any]) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGCHLD, daemon.reap)
     loop.add_reader(config["life"], gone.set)  # the double is gone, so is its sandbox
-    server = await asyncio.start_unix_server(serve, sock=socket.socket(fileno=config["listen"]), limit=_LINE_BYTES)
+    await asyncio.start_unix_server(serve, sock=socket.socket(fileno=config["listen"]), limit=_LINE_BYTES)
     await gone.wait()
-    server.close()
+    os._exit(0)  # and with it, as the first process, everything else
 
 
 def main() -> None:
