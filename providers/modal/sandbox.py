@@ -32,8 +32,8 @@ VOLUME = "sandboxes-workspaces"
 WORKSPACE = "/workspace"
 LONGEST_LIFETIME_SECONDS = 86_400  # Modal's limit
 SHORTEST_LIFETIME_SECONDS = 600
-HANDOVER_SECONDS = 120  # before the end of its lifetime a sandbox lets its runner hand over
-RENEW_SECONDS = 1_800  # an idle sandbox that has less left than this, or a quarter of its lifetime, is replaced
+HANDOVER_SECONDS = 120.0  # before the end of its lifetime a sandbox lets its runner hand over
+RENEW_SECONDS = 1_800.0  # an idle sandbox that has less left than this, or a quarter of its lifetime, is replaced
 SHORTEST_IDLE_SECONDS = 10  # between `acquire` and `start` no command runs, and Modal may end the sandbox
 CREATE_SECONDS = 60.0
 EXEC_SECONDS = 30.0
@@ -185,6 +185,8 @@ class ModalProvider:
         image: modal.Image | None = None,
         client: modal.Client | None = None,
         runner: PurePosixPath | None = None,
+        handover_seconds: float = HANDOVER_SECONDS,
+        renew_seconds: float = RENEW_SECONDS,
     ) -> None:
         self._own = own
         self._settings = settings
@@ -192,6 +194,8 @@ class ModalProvider:
         self._image = image
         self._client = client
         self._runner = (str(runner),) if runner else ()
+        self._handover_seconds = handover_seconds
+        self._renew_seconds = min(renew_seconds, own.lifetime_seconds / 4)
         self._volume = modal.Volume.from_name(VOLUME, create_if_missing=True, version=2, client=client)
         self._sessions: dict[str, str] = {}  # of the sandboxes seen, by sandbox id: tags do not change
         self._last_used: dict[str, float] = {}  # of sessions that look unused and were looked at closely
@@ -282,7 +286,7 @@ class ModalProvider:
                 return await modal.Sandbox.create.aio(
                     *_INIT,
                     "wait",
-                    str(lifetime - HANDOVER_SECONDS),
+                    f"{lifetime - self._handover_seconds:g}",
                     app=app,
                     name=session_id,
                     tags={"environment": self._settings.environment_id, "session": session_id},
@@ -315,7 +319,7 @@ class ModalProvider:
                 raise LaunchFailed("the sandbox does not run commands", retriable=True)
             return False
         state = json.loads(answer)
-        if state["left"] > (0 if state["runs"] else min(RENEW_SECONDS, self._own.lifetime_seconds / 4)):
+        if state["left"] > (0 if state["runs"] else self._renew_seconds):
             return True
         if state["runs"]:
             raise LaunchFailed("the sandbox's time is over and its runner hands over", retriable=True)

@@ -35,15 +35,15 @@ def image(double: ModalDouble, files: dict[str, Path] | None = None) -> str:
     return double.add_image({**ours, **(files or {})})
 
 
-def open_provider(double: ModalDouble, image_id: str, settings: Any, runner: Any = None, **own: str) -> Any:
-    """A provider with Modal's real client."""
-    client = double.client
+def open_provider(double: ModalDouble, image_id: str, settings: Any, **options: Any) -> Any:
+    """A provider with Modal's real client. Options in capitals are settings."""
+    client, own = double.client, {name: value for name, value in options.items() if name.isupper()}
     return MODAL.sandbox.ModalProvider(
         MODAL.shared("settings").load(MODAL.sandbox.ModalSettings, own),
         settings,
         image=modal.Image.from_id(image_id, client),
         client=client,
-        runner=runner,
+        **{name: value for name, value in options.items() if not name.isupper()},
     )
 
 
@@ -60,12 +60,12 @@ class Sandboxes:
 
     RUNNER = "/opt/test/local_runner.py"
 
-    def __init__(self, double: ModalDouble, settings: dict[str, str] | None = None, **own: str) -> None:
+    def __init__(self, double: ModalDouble, settings: dict[str, str] | None = None, **options: Any) -> None:
         self.double = double
         needed = {"ANTHROPIC_ENVIRONMENT_ID": "env_1", "ANTHROPIC_ENVIRONMENT_KEY": "a-key"}
         self.settings = MODAL.shared("settings").Settings.from_env({**needed, **(settings or {})})
         files = {self.RUNNER: Path(__file__).with_name("local_runner.py")}
-        self.provider = open_provider(double, image(double, files), self.settings, self.RUNNER, **own)
+        self.provider = open_provider(double, image(double, files), self.settings, runner=self.RUNNER, **options)
 
     async def begin(self, session_id: str, *commands: str, files: dict[str, bytes] | None = None, **job: Any) -> Any:
         """Starts a run, and returns its sandbox and its number."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from grpclib import Status
+from modal_proto import api_pb2 as api
 
 from tests.contract import CUSTOM_TOOLS, ProviderContract
 from tests.fakes.modal import ModalDouble
@@ -67,6 +68,30 @@ class TestModalContract(ProviderContract):
         assert "lost" in await host.answer(session)
         assert await host.ask(session, "!cat file.txt") == "kept"
         assert len(self._double.state.sandboxes) == 2
+
+    async def test_a_sandbox_at_the_end_of_its_lifetime_hands_its_session_to_the_next(self, world: World) -> None:
+        options = {"SANDBOX_LIFETIME_SECONDS": "600", "handover_seconds": 592.0, "renew_seconds": 0.0}
+        host = world.host(options=options)  # the hand-over begins eight seconds after the sandbox's start
+        session = world.emulator.create_session()
+        world.emulator.set_script(
+            session,
+            [
+                tools(call("bash", command="echo one > file.txt; sleep 60")),
+                tools(call("bash", command="cat file.txt")),
+                repeat_output,
+                end(),
+            ],
+        )
+        world.emulator.say(session, "go")
+        await host.dispatcher.drain()
+        await host.until(lambda: len(host.results(session)) == 1)
+        await until(lambda: not self._double.running())
+        (first,) = self._double.state.sandboxes.values()
+        assert first.result is not None
+        assert first.result.status == api.GenericResult.GENERIC_STATUS_SUCCESS  # by itself, before Modal's limit
+        await world.host().dispatcher.drain()
+        assert await host.answer(session) == "one"
+        assert [is_error for is_error, _ in host.results(session)] == [True, False]
 
     @pytest.mark.parametrize(
         ("name", "status", "times"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ LaunchFailed = MODAL.shared("errors").LaunchFailed
 SettingsError = MODAL.shared("errors").SettingsError
 
 pytestmark = needs_bubblewrap
+SHORT: Any = {"SANDBOX_LIFETIME_SECONDS": "600"}
 
 
 @pytest.fixture
@@ -34,12 +34,6 @@ def double() -> Iterator[ModalDouble]:
 @pytest.fixture
 def sandboxes(double: ModalDouble) -> Sandboxes:
     return Sandboxes(double)
-
-
-def with_lifetime(sandboxes: Sandboxes, seconds: float) -> None:
-    """Shorter than a setting may be."""
-    provider = sandboxes.provider
-    provider._own = dataclasses.replace(provider._own, lifetime_seconds=seconds)
 
 
 # --- what a sandbox is -----------------------------------------------------------------------------------------------
@@ -81,10 +75,19 @@ async def test_files_are_put_in_first_and_nothing_of_the_agents_is_followed(
     files = {"link": b"new", "pipe": b"new", "sub/deep/file.bin": bytes(range(256)) * 100}
     (said,) = await sandboxes.run("sesn_1", "cat link pipe; sha256sum < sub/deep/file.bin | wc -c", files=files)
     assert said == "newnew68\n"
-    for name in ("/etc/x", "../x", "sub/../../x"):
+    for name in ("/tmp/x", "../tmp/x", "sub/../../tmp/x"):
         with pytest.raises(LaunchFailed, match="files could not be written") as failed:
             await sandboxes.begin("sesn_1", files={name: b""})
         assert not failed.value.retriable
+
+
+async def test_what_a_runner_says_is_in_the_sandboxs_own_output_for_people(sandboxes: Sandboxes) -> None:
+    sandbox, run = await sandboxes.begin("sesn_1", "echo said")
+    entry = sandboxes.double.running()[0].entry
+    assert entry is not None
+    await until(lambda: run.encode() in entry.output[1])
+    assert b'{"event": "ready"}\n' in entry.output[1]
+    assert run in await sandbox.tail(1)
 
 
 async def test_what_a_runner_leaves_behind_ends_with_it(sandboxes: Sandboxes) -> None:
@@ -173,8 +176,9 @@ async def test_an_idle_sandbox_ends_and_the_next_one_has_its_files(double: Modal
     assert double.running()[0].id != first.id
 
 
-async def test_an_idle_sandbox_that_is_short_of_time_is_replaced(sandboxes: Sandboxes) -> None:
-    with_lifetime(sandboxes, 162.0)  # 42 s until the hand-over; below a quarter of the lifetime, 40.5 s, it is replaced
+async def test_an_idle_sandbox_that_is_short_of_time_is_replaced(double: ModalDouble) -> None:
+    # 40 s until the hand-over, and from 38 on it is short of time
+    sandboxes = Sandboxes(double, **SHORT, handover_seconds=560.0, renew_seconds=38.0)
     first = await sandboxes.provider.acquire("sesn_1")
     assert (await sandboxes.provider.acquire("sesn_1")).id == first.id
     deadline = time.monotonic() + 20
@@ -186,11 +190,9 @@ async def test_an_idle_sandbox_that_is_short_of_time_is_replaced(sandboxes: Sand
 
 
 async def test_a_runner_hands_over_before_the_lifetime_is_up_and_the_sandbox_ends_by_itself(
-    sandboxes: Sandboxes,
+    double: ModalDouble,
 ) -> None:
-    with_lifetime(sandboxes, 124.0)  # the hand-over is after 4 s
-    provider = sandboxes.provider
-    provider._holds = lambda sandbox: asyncio.sleep(0, True)  # this one is short of time from the start
+    sandboxes = Sandboxes(double, **SHORT, handover_seconds=596.0, renew_seconds=0.0)  # the hand-over is after 4 s
     await sandboxes.begin("sesn_1", "true", linger=True)
     (sandbox,) = sandboxes.double.running()
     await until(lambda: not sandboxes.double.running())

@@ -125,6 +125,15 @@ class Control:
     def AppClientDisconnect(self, request: Any) -> Any:
         return Empty()
 
+    @rpc("app_id", "source")
+    async def AppStop(self, request: Any) -> Any:
+        self.state.apps = {name: app_id for name, app_id in self.state.apps.items() if app_id != request.app_id}
+        self.state.functions.clear()
+        for sandbox in self.state.sandboxes.values():
+            if sandbox.running and sandbox.app_id == request.app_id:
+                await self.end(sandbox)
+        return Empty()
+
     # --- secrets, proxies, volumes -----------------------------------------------------------------------------------
 
     @rpc("deployment_name", "environment_name", "object_creation_type", "env_dict", "app_id", "required_keys")
@@ -143,6 +152,14 @@ class Control:
         if missing := set(request.required_keys) - self.state.secrets[known].keys():
             raise GRPCError(Status.NOT_FOUND, f"Secret is missing {', '.join(sorted(missing))}")
         return api.SecretGetOrCreateResponse(secret_id=known)
+
+    @rpc("secret_id")
+    def SecretDelete(self, request: Any) -> Any:
+        del self.state.secrets[request.secret_id]
+        self.state.secret_ids = {
+            name: each for name, each in self.state.secret_ids.items() if each != request.secret_id
+        }
+        return Empty()
 
     @rpc("name", "environment_name")
     def ProxyGet(self, request: Any) -> Any:
@@ -186,6 +203,11 @@ class Control:
         if target.is_dir() and not request.recursive:
             raise GRPCError(Status.INVALID_ARGUMENT, "is a directory")
         await asyncio.to_thread(shutil.rmtree, target)
+        return Empty()
+
+    @rpc("volume_id", "environment_name")
+    def VolumeDelete(self, request: Any) -> Any:
+        shutil.rmtree(self.state.volumes.pop(request.volume_id).root)
         return Empty()
 
     @rpc("volume_id")

@@ -137,6 +137,7 @@ class ModalDouble:
     def add_image(self, files: dict[str, Path]) -> str:
         """An image that was built before: path inside -> directory or file here. Returns its id."""
         image = Image(new_id("im"), self.directory / "images" / new_id("given"), [])
+        image.root.mkdir(parents=True)
         for inside, path in files.items():
             target = image.root / inside.lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
