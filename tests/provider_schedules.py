@@ -51,7 +51,7 @@ _OURS = ("shared", "_shared", "sandbox", "main")
 # Bash alone, for sandboxes without curl: says to the emulator which call begins or ends in which runner.
 _REPORT = """r() {{ s=$(cat /proc/$PPID/stat 2>/dev/null); set -- "$1" ${{s##*) }};
  b='{{"call":"{call} '$1'","runner":"'$PPID-${{21:-}}'","session_id":"{session}"}}'; exec 9<>/dev/tcp/{host}/{port};
- printf '%s\\r\\n' 'POST /_emulator/executions HTTP/1.1' 'Host: emulator' 'Connection: close'
+ printf '%s\\r\\n' 'POST /_emulator/executions HTTP/1.1' 'Host: {host}:{port}' 'Connection: close'
  'Content-Type: application/json' "Content-Length: ${{#b}}" '' >&9; printf %s "$b" >&9; cat <&9 >/dev/null; exec 9>&-;
  }}; r begin; {command}; r end; echo {call}""".replace("\n", "")
 
