@@ -9,5 +9,5 @@ export default defineConfig({
       miniflare: { bindings: { EMULATOR_URL: process.env["EMULATOR_URL"] ?? "" } },
     }),
   ],
-  test: { include: ["test/**/*.test.ts"], isolate: false },
+  test: { include: ["test/**/*.test.ts"], isolate: false, testTimeout: 30_000 },
 });

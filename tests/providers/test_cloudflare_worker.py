@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hmac
+import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +31,19 @@ FILES_KEY = "a-password-of-our-choice"
 LEASE_SECONDS = 20
 FREE_PLAN_BYTES = 3 * 1024 * 1024  # of the compressed bundle
 STARTING_SECONDS = 151.0  # past the wait before an item without a claim is looked at
+
+
+def new_key() -> str:
+    """A webhook signing key as the Console shows it: URL-safe base64 without padding."""
+    return f"whsec_{base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip('=')}"
+
+
+def key_bytes(key: str) -> bytes:
+    encoded = key.removeprefix("whsec_").rstrip("=").replace("+", "-").replace("/", "_")
+    return base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
+
+
+FIRST_KEY = new_key()
 
 pytestmark = pytest.mark.timeout(300)  # the first test of a process may install
 
@@ -49,7 +66,7 @@ def dev(folder: Path, shared_emulator: Emulator, tmp_path_factory: pytest.TempPa
         "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
         "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
         "ANTHROPIC_BASE_URL": emulator.url,
-        "ANTHROPIC_WEBHOOK_SIGNING_KEY": f"whsec_{base64.b64encode(os.urandom(32)).decode()}",
+        "ANTHROPIC_WEBHOOK_SIGNING_KEY": FIRST_KEY,
         "ANTHROPIC_WEBHOOK_SIGNING_KEY_NEXT": emulator.webhook_key,
         "SANDBOX_MAX_IDLE_SECONDS": "0.5",
         "SANDBOX_MAX_WAIT_SECONDS": "20",
@@ -109,6 +126,105 @@ def test_its_unit_tests_pass_in_workerd(folder: Path, shared_emulator: Emulator)
     environ = typescript.environment() | {"EMULATOR_URL": shared_emulator.url}
     done = subprocess.run(argv, cwd=folder, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+OFFICIAL_CALLS: list[tuple[str, dict[str, Any]]] = [
+    ("write", {"file_path": "a.txt", "content": "one\ntwo\nthree\n"}),
+    ("write", {"file_path": "dir/b.ts", "content": "ü one\r\ntwo"}),
+    ("write", {"file_path": "dir/deep/c.tsx", "content": ""}),
+    ("write", {"file_path": ".hidden/d.ts", "content": "one"}),
+    ("write", {"file_path": "node_modules/m.ts", "content": "one"}),
+    ("write", {"file_path": "[x].md", "content": "x" * 2001 + "one"}),
+    ("write", {"file_path": "large", "content": "line of some length\n" * 20_000}),
+    ("write", {"file_path": "nul", "content": "one\n\0one"}),
+    ("write", {"file_path": "dir", "content": ""}),
+    ("write", {"file_path": ".dot", "content": ""}),
+    ("write", {"file_path": "dir/.dot.ts", "content": ""}),
+    ("write", {"file_path": "../out", "content": ""}),
+    ("write", {"file_path": "", "content": ""}),
+    *(
+        ("read", {"file_path": path})
+        for path in ("a.txt", "./dir//b.ts", "dir", "none", "/etc/passwd", "large", "a.txt/x", "")
+    ),
+    *(("read", {"file_path": "a.txt", "view_range": [a, b]}) for a in (-1, 0, 1, 2, 4, 9) for b in (-1, 0, 1, 3, 9)),
+    *(
+        ("read", {"file_path": "large", "view_range": [a, b]})
+        for a, b in ((1, 2), (19_999, -1), (20_001, -1), (5, 4), (1, -1))
+    ),
+    ("read", {"file_path": "a.txt", "view_range": []}),
+    ("read", {"file_path": "a.txt", "view_range": [1]}),
+    ("edit", {"file_path": "a.txt", "old_string": "o", "new_string": "0"}),
+    ("edit", {"file_path": "a.txt", "old_string": "o", "new_string": "$&", "replace_all": True}),
+    ("edit", {"file_path": "a.txt", "old_string": "tw", "new_string": "$1"}),
+    ("edit", {"file_path": "a.txt", "old_string": "absent", "new_string": ""}),
+    ("edit", {"file_path": "a.txt", "old_string": "", "new_string": ""}),
+    ("edit", {"file_path": "large", "old_string": "line", "new_string": ""}),
+    ("edit", {"file_path": "none", "old_string": "x", "new_string": ""}),
+    ("edit", {"file_path": "dir", "old_string": "x", "new_string": ""}),
+    ("read", {"file_path": "a.txt"}),
+    *(
+        ("glob", {"pattern": pattern})
+        for pattern in (
+            *(
+                "*",
+                "**",
+                "**/*",
+                "*.ts",
+                "**/*.ts",
+                "dir/*",
+                "dir/**",
+                "dir/**/*.tsx",
+                "*.{txt,md}",
+                "{dir,x}/*.ts",
+                "?.txt",
+            ),
+            *(
+                "[ab].txt",
+                "[!b].txt",
+                "[[]x].md",
+                "dir",
+                "none/*",
+                "",
+                "/etc/*",
+                "../*",
+                "a.txt",
+                "./a.txt",
+                "**/c.*",
+                ".*",
+                "**/.*",
+                ".hidden/*",
+                ".hidden/**",
+                "?dot",
+                "[.]dot",
+                "**/?dot.ts",
+                "d*/*",
+            ),
+        )
+    ),
+    ("glob", {"pattern": "*", "path": "dir"}),
+    ("glob", {"pattern": "*", "path": "/etc"}),
+    *(
+        ("grep", {"pattern": pattern})
+        for pattern in ("one", "^tw", "e$", "[ü]", "absent", "", "(one|two)", r"\bone\b", "^o.e")
+    ),
+    ("grep", {"pattern": "one", "path": "dir"}),
+    ("grep", {"pattern": "th", "path": "a.txt"}),
+    ("grep", {"pattern": "one", "path": "none"}),
+    ("grep", {"pattern": "one", "path": "/etc"}),
+]
+
+
+def test_the_toolset_is_the_official_one_in_schema_and_words(folder: Path) -> None:
+    """Each call on both: the SDK's own toolset on a disk, ours on its SQLite."""
+    script = Path(__file__).with_name("official_toolset.mts")
+    argv = [str(typescript.node()), "--experimental-strip-types", "--no-warnings", str(script)]
+    environ = typescript.environment() | {"PATH": str(typescript.node().parent)}  # without ripgrep, as in many images
+    given = json.dumps(OFFICIAL_CALLS)
+    done = subprocess.run(argv, cwd=folder, env=environ, input=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *differences, last = done.stdout.splitlines()
+    assert differences == []
+    assert json.loads(last) == {"calls": len(OFFICIAL_CALLS)}
 
 
 # --- the main job ----------------------------------------------------------------------------------------------------
@@ -416,6 +532,186 @@ def test_a_stream_cut_in_the_middle_is_opened_again(emulator: Emulator) -> None:
     emulator.say(seen.session, "go")
     assert seen.wait_idle() == "1"
     seen.wait_stopped()
+
+
+# --- what a session brings along -------------------------------------------------------------------------------------
+
+SKILL = {"SKILL.md": "---\nname: greeter\ndescription: greets\n---\n", "bin/greet": "echo hello\n"}
+
+
+@pytest.mark.parametrize("archive", ["zip", "tar"])
+def test_skills_are_in_the_workdir(emulator: Emulator, archive: str) -> None:
+    skill = emulator.add_skill("greeter", SKILL, archive)  # type: ignore[arg-type]
+    seen = ask(emulator, read("skills/greeter/bin/greet"), repeat_output, end(), skills=[skill])
+    assert seen.wait_idle() == "echo hello\n"
+
+
+def test_a_skill_that_cannot_be_had_is_left_out(emulator: Emulator, dev: WorkersDev) -> None:
+    emulator.switch(sessions_token_may_read_skills=False)
+    skill = emulator.add_skill("refused", SKILL)
+    since = len(dev.log)
+    seen = ask(emulator, tools(call("glob", pattern="**")), repeat_output, end(), skills=[skill])
+    assert seen.wait_idle() == "no matches"
+    dev.until_logged(f"action=skill session={seen.session} .*{skill} is left out", since)
+
+
+def test_memory_is_mounted_shared_and_kept_in_step(emulator: Emulator) -> None:
+    store = emulator.add_memory_store("notes", {"/a.md": "one\n", "/deep/b.md": "two\n"})
+    root = f"{emulator.memory_root}/notes"
+    edit = call("edit", file_path=f"{root}/a.md", old_string="one", new_string="1")
+    seen = start(
+        emulator,
+        tools(call("grep", pattern=".", path=root)),
+        repeat_output,
+        tools(edit, call("write", file_path=f"{root}/new.md", content="new\n")),
+        end(),
+        read(f"{root}/a.md"),
+        repeat_output,
+        end(),
+        resources=[store],
+    )
+    emulator.say(seen.session, "go")
+    seen.wait_stopped()
+    first = emulator.events(seen.session, "agent.message")[0]["content"][0]["text"]
+    assert first.splitlines() == [f"{root}/a.md:1:one", f"{root}/deep/b.md:1:two"]
+    assert emulator.memories(store) == {"/a.md": "1\n", "/deep/b.md": "two\n", "/new.md": "new\n"}
+
+    emulator.write_memory(store, "/a.md", "theirs\n")
+    emulator.write_memory(store, "/new.md", None)
+    emulator.say(seen.session, "again")
+    assert seen.wait_idle() == "theirs\n"
+    seen.wait_stopped()
+    assert emulator.memories(store) == {"/a.md": "theirs\n", "/deep/b.md": "two\n"}
+
+
+def test_a_read_only_memory_is_not_written(emulator: Emulator) -> None:
+    store = emulator.add_memory_store("fixed", {"/a.md": "one\n"}, "read_only")
+    path = f"{emulator.memory_root}/fixed/a.md"
+    seen = ask(emulator, write(path, "two"), repeat_output, end(), resources=[store])
+    assert "is inside read-only directory" in seen.wait_idle()
+    seen.wait_stopped()
+    assert emulator.memories(store) == {"/a.md": "one\n"}
+
+
+def test_memory_that_cannot_be_had_is_told_to_the_agent(emulator: Emulator) -> None:
+    """A session must not run without the memory that its prompt names."""
+    store = emulator.add_memory_store("broken", {"/a.md": "one\n"})
+    emulator.fault("memories.list", "fail", count=None, status=403)
+    seen = start(emulator, write("a", "1"), repeat_output, end(), resources=[store])
+    emulator.say(seen.session, "go")
+    seen.wait_until(lambda: len(seen.results()) == 1)
+    assert "could not be set up" in seen.results()[0][1]
+    emulator.clear_faults()
+    seen.wait_stopped()
+
+
+# --- strangers, and a hostile agent ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "body", "status"),
+    [
+        ("GET", {}, b"", 405),
+        ("PUT", {}, b"{}", 405),
+        ("POST", {}, b"{}", 401),
+        ("POST", {"webhook-signature": "v1,AAAA"}, b"{}", 401),
+        ("POST", {"signed": "no"}, b"{}", 401),
+        ("POST", {"signed": "no", "webhook-signature": "v1"}, b"{}", 401),
+        ("POST", {"signed": "no", "webhook-signature": "v1,%%%"}, b"{}", 401),
+        ("POST", {"signed": "no", "webhook-timestamp": "NaN"}, b"{}", 401),
+        ("POST", {"signed": "no"}, b"\xff\xfe", 401),
+        ("POST", {"signed": "no"}, b"[" * 60_000, 401),
+        ("POST", {"signed": "no"}, b"x" * 70_000, 413),
+    ],
+)
+def test_a_stranger_is_refused_at_once(
+    emulator: Emulator, dev: WorkersDev, method: str, headers: dict[str, str], body: bytes, status: int
+) -> None:
+    if headers.pop("signed", None):
+        stamp = {"webhook-id": "whe_1", "webhook-timestamp": str(int(time.time())), "webhook-signature": "v1,AAAA"}
+        headers = stamp | headers
+    polls = sum(record.operation == "work.poll" for record in emulator.requests)
+    assert dev.request(method, "/webhook", headers=headers, content=body).status_code == status
+    assert sum(record.operation == "work.poll" for record in emulator.requests) == polls
+
+
+@pytest.mark.parametrize(
+    ("key", "age", "status"), [("first", 0, 200), ("next", 0, 200), ("next", 400, 401), ("old", 0, 401)]
+)
+def test_both_keys_of_a_rotation_sign_and_an_old_signature_does_not(
+    emulator: Emulator, dev: WorkersDev, key: str, age: int, status: int
+) -> None:
+    keys = {"first": FIRST_KEY, "next": emulator.webhook_key, "old": new_key()}
+    body = b'{"id": "whe_1", "type": "event", "data": {"type": "session.status_idled", "id": "sesn_1"}}'
+    moment = str(int(time.time()) - age)
+    mac = hmac.new(key_bytes(keys[key]), b"whe_1." + moment.encode() + b"." + body, "sha256")
+    signature = f"v1,{base64.b64encode(mac.digest()).decode()}"
+    headers = {"webhook-id": "whe_1", "webhook-timestamp": moment, "webhook-signature": signature}
+    assert dev.request("POST", "/webhook", headers=headers, content=body).status_code == status
+
+
+def test_files_are_listed_and_downloaded_with_the_key_only(emulator: Emulator, dev: WorkersDev) -> None:
+    seen = ask(emulator, write("dir/ü <b>.html", "<script>1</script>"), end())
+    seen.wait_stopped()
+    route, key = f"/sessions/{seen.session}/files", {"authorization": f"Bearer {FILES_KEY}"}
+    (listed,) = dev.request("GET", route, headers=key).json()["files"]
+    assert (listed["path"], listed["size"]) == ("/workspace/dir/ü <b>.html", 18)
+    file = dev.request("GET", f"{route}/workspace/dir/%C3%BC%20%3Cb%3E.html", headers=key)
+    assert file.text == "<script>1</script>"
+    assert (file.headers["content-type"], file.headers["content-disposition"]) == (
+        "application/octet-stream",
+        "attachment",
+    )
+
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": FILES_KEY}):
+        assert dev.request("GET", route, headers=headers).status_code == 401
+        assert dev.request("GET", f"{route}/workspace/dir/x", headers=headers).status_code == 401
+    for path in ("/workspace/none", "/workspace/dir", "/workspace/dir/..%2f..%2fx", "/%zz", "/%00"):
+        assert dev.request("GET", route + path, headers=key).status_code == 404
+    for session in ("sesn_nobody", "..%2f..", "%00", "x" * 200):
+        assert dev.request("GET", f"/sessions/{session}/files", headers=key).status_code == 404
+    assert dev.request("DELETE", route, headers=key).status_code == 405
+
+
+HOSTILE: list[tuple[str, dict[str, Any]]] = [
+    ("read", {}),
+    ("read", {"file_path": ["a"]}),
+    ("read", {"file_path": "../../../etc/passwd"}),
+    ("read", {"file_path": "/etc/passwd"}),
+    ("read", {"file_path": "a\u0000b"}),
+    ("read", {"file_path": "x" * 10_000}),
+    ("read", {"file_path": "f", "view_range": [1, {}]}),
+    ("write", {"file_path": "/workspace/../state", "content": "x"}),
+    ("write", {"file_path": "/mnt/memory/other/a", "content": "x"}),
+    ("write", {"file_path": "f", "content": {"not": "text"}}),
+    ("write", {"file_path": ".", "content": "x"}),
+    ("edit", {"file_path": "f", "old_string": "", "new_string": "x"}),
+    ("glob", {"pattern": "/**"}),
+    ("glob", {"pattern": "{" * 500}),
+    ("glob", {"pattern": "{a,b}" * 20}),
+    ("grep", {"pattern": "(" * 500}),
+    ("grep", {"pattern": "(?=x)"}),
+    ("grep", {"pattern": "(x{1000}){1000}"}),
+    ("bash", {"command": "cat /proc/self/environ"}),
+]
+
+
+def test_hostile_input_gets_an_answer_each_and_harms_nobody(emulator: Emulator) -> None:
+    steps = [write("f", "1"), *(tools(call(name, **given)) for name, given in HOSTILE), read("f"), repeat_output, end()]
+    seen = ask(emulator, *steps)
+    assert seen.wait_idle() == "1"
+    answers = seen.results()
+    assert len(answers) == len(HOSTILE) + 2
+    # An odd glob is no mistake: it matches nothing.
+    wrong = [given for given, (is_error, text) in zip(HOSTILE, answers[1:-1], strict=True) if not is_error]
+    assert [name for name, _ in wrong] == ["glob"]
+
+
+def test_no_log_line_has_a_secret(emulator: Emulator, dev: WorkersDev) -> None:
+    seen = ask(emulator, write("a", "private words of the agent"), end())
+    seen.wait_stopped()
+    for secret in (emulator.environment_key, emulator.webhook_key, FILES_KEY, "sk-ant-", "private words"):
+        assert secret not in dev.log
 
 
 # --- load ------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ export class DispatcherObject extends DurableObject<Env> {
   /** A session's runner has ended. */
   ended(sessionId: string): void {
     this.#live.remove(sessionId);
-    this.#core().roomMade();
+    this.#dispatcher?.roomMade(); // one that lost its memory waits for nothing: the next sweep drains
   }
 
   #core(): Dispatcher {

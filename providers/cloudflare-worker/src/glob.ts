@@ -66,7 +66,8 @@ function regexOf(pattern: string): string {
   let regex = "";
   segments.forEach((segment, index) => {
     const isLast = index === segments.length - 1;
-    if (segment === "**") regex += isLast ? "(?:[^/]+/)*[^/]+" : "(?:[^/]+/)*";
+    // As everywhere, what begins with a dot is found by its name only: `**` passes it by.
+    if (segment === "**") regex += isLast ? "(?:[^./][^/]*/)*[^./][^/]*" : "(?:[^./][^/]*/)*";
     else regex += segmentRegex(segment) + (isLast ? "" : "/");
   });
   return `(?:${regex})`;
@@ -80,8 +81,9 @@ function segmentRegex(segment: string): string {
     const end = char === "[" ? chars.indexOf("]", at + 2) : -1;
     if (char === "*") {
       while (chars[at + 1] === "*") at += 1;
-      regex += "[^/]*";
-    } else if (char === "?") regex += "[^/]";
+      const isAll = regex === "" && [undefined, "."].includes(chars[at + 1]); // nothing would leave a leading dot to the rest
+      regex += regex !== "" ? "[^/]*" : isAll ? "[^./][^/]*" : "(?:[^./][^/]*)?";
+    } else if (char === "?") regex += regex === "" ? "[^./]" : "[^/]";
     else if (end > 0) {
       const isNegated = ["!", "^"].includes(chars[at + 1] ?? "");
       const members = chars.slice(at + (isNegated ? 2 : 1), end).join("");

@@ -154,7 +154,15 @@ export class SessionObject extends DurableObject<SessionEnv> {
   async #end(launch: Launch): Promise<void> {
     this.#state.end();
     await this.ctx.storage.setAlarm(Date.now() + launch.retentionSeconds * 1000);
-    await this.env.DISPATCHER.getByName(DISPATCHER_NAME).ended(launch.job.sessionId);
+    try {
+      await this.env.DISPATCHER.getByName(DISPATCHER_NAME).ended(launch.job.sessionId);
+    } catch (error) {
+      log.warning("ended", {
+        session: launch.job.sessionId,
+        error,
+        reason: "the dispatcher learns it from its next sweep",
+      });
+    }
   }
 
   #hands(launch: Launch): Hands {

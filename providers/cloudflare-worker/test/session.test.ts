@@ -1,0 +1,227 @@
+/** The object of one session against a control plane: what a second start, its end and an unanswered claim do to it. */
+
+import { env, runDurableObjectAlarm, runInDurableObject } from "cloudflare:test";
+import type { BetaSelfHostedWork } from "@anthropic-ai/sdk/resources/beta/environments/work";
+import { afterEach, describe, expect, it } from "vitest";
+import { openClient } from "../_shared/api.ts";
+import { ackAndClaim } from "../_shared/claim.ts";
+import { EventLog } from "../_shared/events.ts";
+import { Guard, LOST } from "../_shared/guard.ts";
+import { type Job, jobFrom } from "../_shared/jobs.ts";
+import { Lease } from "../_shared/lease.ts";
+import { readSettings } from "../_shared/settings.ts";
+import type { SessionObject } from "../src/session_object.ts";
+import { State } from "../src/state.ts";
+import { MIB } from "./support.ts";
+
+const PATIENCE_MS = 10_000;
+const LOOK_MS = 20;
+
+interface Emulated {
+  work: { state: string } | null;
+  events: { type: string }[];
+}
+
+async function ask<T>(method: string, path: string, body?: unknown): Promise<T> {
+  const init = {
+    method,
+    headers: { "content-type": "application/json" },
+    ...(body ? { body: JSON.stringify(body) } : {}),
+  };
+  const response = await fetch(`${env.EMULATOR_URL}/_emulator/${path}`, init);
+  const answer = await response.json<T>();
+  expect(response.ok, JSON.stringify(answer)).toBe(true);
+  return answer;
+}
+
+/** A session whose agent does `steps` and whose item is reserved, not acked. */
+async function reserved(steps: unknown[], settings: Record<string, string> = {}): Promise<{ job: Job; id: string }> {
+  const { environment_id, environment_key } = await ask<Record<string, string>>("POST", "environments", {});
+  const all = {
+    ANTHROPIC_ENVIRONMENT_ID: environment_id,
+    ANTHROPIC_ENVIRONMENT_KEY: environment_key,
+    ANTHROPIC_BASE_URL: env.EMULATOR_URL,
+    SANDBOX_MAX_IDLE_SECONDS: "0.2",
+    ...settings,
+  };
+  await ask("POST", "script", { steps });
+  await ask("POST", "sessions", { text: "go", environment_id });
+  const client = openClient(environment_key ?? "", env.EMULATOR_URL, { maxRetries: 0, timeout: 5_000 });
+  const item = (await client.beta.environments.work.poll(environment_id ?? "")) as BetaSelfHostedWork;
+  return { job: jobFrom(item, readSettings(all)), id: item.data.id };
+}
+
+function objectOf(id: string): DurableObjectStub<SessionObject> {
+  return env.SESSIONS.getByName(id);
+}
+
+function start(job: Job): Promise<string> {
+  return objectOf(job.sessionId).start({ job, maxFilesBytes: 64 * MIB, retentionSeconds: 60 });
+}
+
+function emulated(id: string): Promise<Emulated> {
+  return ask<Emulated>("GET", `sessions/${id}`);
+}
+
+async function until(id: string, isThere: (seen: Emulated) => boolean): Promise<Emulated> {
+  const deadline = Date.now() + PATIENCE_MS;
+  for (;;) {
+    const seen = await emulated(id);
+    if (isThere(seen)) return seen;
+    expect(Date.now(), JSON.stringify([seen.work, seen.events.map((event) => event.type)])).toBeLessThan(deadline);
+    await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+  }
+}
+
+const isStopped = (seen: Emulated): boolean => seen.work?.state === "stopped";
+
+/** The heartbeats of a session's item, as (condition, status). */
+async function beats(id: string): Promise<[string, number][]> {
+  const { data } = await ask<{ data: Record<string, unknown>[] }>("GET", "requests");
+  return data
+    .filter((each) => each["operation"] === "work.heartbeat" && String(each["path"]).includes(id))
+    .map((each) => {
+      const query = each["query"] as Record<string, string[]>;
+      return [query["expected_last_heartbeat"]?.[0] ?? "", Number(each["status"])];
+    });
+}
+
+async function claims(id: string): Promise<number> {
+  return (await beats(id)).filter(([condition, status]) => condition === "NO_HEARTBEAT" && status === 200).length;
+}
+
+const WRITE = { call: { write: { file_path: "a", content: "1" } } };
+
+describe.skipIf(env.EMULATOR_URL === "")("a session's object", () => {
+  afterEach(() => ask("DELETE", "faults"));
+
+  it("has one runner when it is started twice, at once and later", async () => {
+    const { job, id } = await reserved([{ custom: { theirs: {} } }, WRITE, "end"]);
+    const outcomes = await Promise.all([start(job), start(job)]);
+    expect(outcomes.sort()).toEqual(["ready", "served_already"]);
+    expect(await start(job)).toBe("served_already");
+    expect(await claims(id)).toBe(1);
+  });
+
+  it("keeps the token no longer than the runner, and the files no longer than it is told", async () => {
+    const { job, id } = await reserved([WRITE, "end"]);
+    await start(job);
+    const stored = (): Promise<string> =>
+      runInDurableObject(objectOf(id), (_, state) =>
+        JSON.stringify(state.storage.sql.exec("SELECT * FROM state").toArray()),
+      );
+    expect(await stored()).toContain(job.token);
+    await until(id, isStopped);
+    while ((await stored()).includes("job")) await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+    expect(await stored()).not.toContain(job.token);
+    const alarm = await runInDurableObject(objectOf(id), (_, state) => state.storage.getAlarm());
+    expect(((alarm ?? 0) - Date.now()) / 1000).toBeGreaterThan(50);
+    expect(await objectOf(id).listFiles()).toHaveLength(1);
+    await runDurableObjectAlarm(objectOf(id));
+    expect(await objectOf(id).listFiles()).toBeUndefined();
+  });
+
+  it("stores nothing for a session that nobody started", async () => {
+    expect(await objectOf("sesn_nobody").listFiles()).toBeUndefined();
+    expect(await objectOf("sesn_nobody").readFile("/workspace/a")).toBeUndefined();
+    const tables = await runInDurableObject(objectOf("sesn_nobody"), (_, state) =>
+      state.storage.sql.exec("SELECT name FROM sqlite_master WHERE name IN ('state', 'nodes')").toArray(),
+    );
+    expect(tables).toEqual([]);
+  });
+});
+
+describe.skipIf(env.EMULATOR_URL === "")("a claim", () => {
+  afterEach(() => ask("DELETE", "faults"));
+
+  it("that was not answered is settled: the heartbeat that stands still is ours", async () => {
+    const { job, id } = await reserved([WRITE, "end"]);
+    await ask("POST", "faults", { operation: "work.heartbeat", kind: "lose_response" });
+    const lease = new Lease(job, undefined, () => undefined);
+    await ackAndClaim(lease, false, new AbortController().signal, 50);
+    expect([lease.isClaimed, lease.isFresh, lease.end]).toEqual([true, true, undefined]);
+    expect(await claims(id)).toBe(1);
+  });
+
+  it("that never arrived is sent again", async () => {
+    const { job, id } = await reserved([WRITE, "end"]);
+    await ask("POST", "faults", { operation: "work.heartbeat", kind: "drop" });
+    const lease = new Lease(job, undefined, () => undefined);
+    await ackAndClaim(lease, false, new AbortController().signal, 50);
+    expect([lease.isClaimed, await claims(id)]).toEqual([true, 1]);
+  });
+
+  it("of an item that another runner holds is given up without a stop", async () => {
+    const { job, id } = await reserved([WRITE, "end"]);
+    await ackAndClaim(new Lease(job, undefined, () => undefined), false, new AbortController().signal, 50);
+    const late = new Lease(job, undefined, () => undefined);
+    await expect(ackAndClaim(late, false, new AbortController().signal, 50)).rejects.toThrow("the claim was refused");
+    expect(await late.stop()).toBe(false);
+    expect((await emulated(id)).work?.state).toBe("active");
+  });
+});
+
+describe("a custom tool", () => {
+  const parts = (state: DurableObjectState): { guard: Guard; signal: AbortController } => {
+    const kept = new State(state.storage);
+    kept.create();
+    const job = { sessionId: "s", workId: "w", environmentId: "e", baseUrl: "http://unused.invalid", token: "t" };
+    const rest = { isItemToken: true, maxIdleSeconds: 1, maxWaitSeconds: 1 };
+    const signal = new AbortController();
+    const lease = new Lease({ ...job, ...rest }, undefined, () => undefined);
+    return {
+      guard: new Guard({
+        lease,
+        log: new EventLog(),
+        journal: kept.journal,
+        signal: signal.signal,
+        emit: () => undefined,
+      }),
+      signal,
+    };
+  };
+  const tool = (run: () => Promise<string>) => ({
+    type: "custom" as const,
+    name: "theirs",
+    description: "reaches outside",
+    input_schema: { type: "object" as const },
+    parse: (input: unknown) => input,
+    run,
+  });
+  const context = (id: string) => {
+    const toolUse = { type: "agent.tool_use" as const, id, name: "theirs", input: {}, processed_at: "" };
+    return { toolUse, toolUseBlock: toolUse };
+  };
+
+  it("that a lost runner had begun is answered, not run again", () =>
+    runInDurableObject(objectOf("custom-1"), async (_, state) => {
+      let runs = 0;
+      const forever = tool(() => {
+        runs += 1;
+        return new Promise(() => undefined);
+      });
+      void Promise.resolve(parts(state).guard.custom(forever).run({}, context("call_1"))).catch(() => undefined);
+      await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+      await expect(parts(state).guard.custom(forever).run({}, context("call_1"))).rejects.toThrow(LOST);
+      expect(runs).toBe(1);
+    }));
+
+  it("that had ended is answered with its result again", () =>
+    runInDurableObject(objectOf("custom-2"), async (_, state) => {
+      let runs = 0;
+      const counted = tool(async () => `run ${++runs}`);
+      expect(await parts(state).guard.custom(counted).run({}, context("call_2"))).toBe("run 1");
+      expect(await parts(state).guard.custom(counted).run({}, context("call_2"))).toBe("run 1");
+    }));
+
+  it("ends with the runner, and does not start after it", () =>
+    runInDurableObject(objectOf("custom-3"), async (_, state) => {
+      const { guard, signal } = parts(state);
+      const running = guard.custom(tool(() => new Promise(() => undefined))).run({}, context("call_3"));
+      setTimeout(() => signal.abort(), LOOK_MS);
+      await expect(running).rejects.toThrow("may have taken effect");
+      await expect(guard.custom(tool(async () => "")).run({}, context("call_4"))).rejects.toThrow(
+        "this was not started",
+      );
+    }));
+});
