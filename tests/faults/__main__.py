@@ -1,4 +1,5 @@
-"""`python -m tests.faults --n 10000 --seed 7`: plays so many schedules, and shrinks the first that fails."""
+"""`python -m tests.faults --n 10000 --seed 7`: kills at every await, then plays so many random schedules, and shrinks
+the first that fails."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import argparse
 import sys
 import time
 
-from tests.faults.generate import generate
+from tests.faults.generate import every_kill, generate
 from tests.faults.play import Outcome, label, play
 from tests.faults.shrink import shrink
 from tests.faults.steps import Schedule
 
+LINES_APART = 100  # schedules between two lines of progress, where no terminal shows it
 SEEDS_APART = 1_000_000
 """Schedule number i of `--seed s` has the seed s * SEEDS_APART + i."""
 
@@ -31,7 +33,7 @@ def report(outcome: Outcome) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--n", type=int, default=1000, help="how many schedules")
+    parser.add_argument("--n", type=int, default=1000, help="how many random schedules")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--only", type=int, help="the one schedule with this seed, and its story")
     parser.add_argument("--keep-going", action="store_true", help="play all of them, say what each breaks, shrink none")
@@ -41,21 +43,28 @@ def main() -> int:
         sys.stdout.write("\n".join((str(outcome.schedule), *outcome.story, "", *outcome.violations)) + "\n")
         return 1 if outcome.violations else 0
     began, failed, excused = time.perf_counter(), 0, 0
-    for number in range(options.n):
-        outcome = play(generate(options.seed * SEEDS_APART + number))
+    kills = list(every_kill())
+    total = options.n + len(kills)
+    for number in range(total):
+        random = number - len(kills)
+        outcome = play(kills[number] if random < 0 else generate(options.seed * SEEDS_APART + random))
         excused += bool(outcome.excused)
         if outcome.violations and not options.keep_going:
             sys.stdout.write("\n" + report(outcome) + "\n")
             return 1
         if outcome.violations:
             failed += 1
-            sys.stdout.write(f"\nseed {outcome.schedule.seed}: " + "\n    ".join(outcome.violations) + "\n")
+            name = f"seed {outcome.schedule.seed}" if random >= 0 else repr(outcome.schedule.steps[-1])
+            sys.stdout.write(f"\n{name}: " + "\n    ".join(outcome.violations) + "\n")
         seconds = time.perf_counter() - began
-        counts = f"{number + 1} of {options.n} schedules, {failed} failed, {excused} excused (not_yet.py)"
-        progress = f"\r{counts}, {seconds / (number + 1):.3f} s each"
-        sys.stdout.write(progress)
+        counts = f"{number + 1} of {total} schedules, {failed} failed, {excused} excused (not_yet.py)"
+        progress = f"{counts}, {seconds / (number + 1):.3f} s each"
+        if sys.stdout.isatty():
+            sys.stdout.write(f"\r{progress}")
+        elif (number + 1) % LINES_APART == 0 or number + 1 == total:
+            sys.stdout.write(f"{progress}\n")
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    sys.stdout.write("\n" if sys.stdout.isatty() else "")
     return 1 if failed else 0
 
 

@@ -37,6 +37,7 @@ class Run:
     exit: tuple[int, str] | None = None
     exited_at: float = 0.0
     is_ready: bool = False
+    boots_late_seconds: float = 0.0
 
     @property
     def is_alive(self) -> bool:
@@ -126,7 +127,8 @@ class Cloud:
 
     async def acquire(self, session_id: str) -> tuple[Box, bool]:
         trouble = await self.pause("acquire")
-        box = self.boxes.get(self.store.get(session_id, ""))
+        known = None if trouble is not None and trouble.kind == "forget" else self.store.get(session_id)
+        box = self.boxes.get(known or "")
         created = box is None
         if box is not None and box.is_ending:
             raise LaunchFailed("the sandbox is shutting down", retriable=True)
@@ -134,7 +136,9 @@ class Cloud:
             await asyncio.sleep(1.0)
             box = self._create(session_id)
             owner = self.boxes.get(self.store.get(session_id, ""))
-            if owner is not None:  # somebody else was faster: theirs is the session's
+            if owner is not None and not (
+                trouble is not None and trouble.kind == "forget"
+            ):  # somebody else was faster: theirs is the session's
                 self.end(box)
                 box = owner
             else:
@@ -154,6 +158,8 @@ class Cloud:
         if trouble is not None and trouble.kind == "lie":
             return Started("ready")
         run = Run(self._loop.process(f"runner {next(self._numbers)}"), box, launch.stdin)
+        if trouble is not None and trouble.kind == "slow_boot":
+            run.boots_late_seconds = trouble.seconds
         box.runs.append(run)
         run.process.on_death.append(lambda: run.output.put_nowait(None))
         if box.session_id in self.doomed:

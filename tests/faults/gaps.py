@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 USUAL_SECONDS = 110.0  # the next sweep, and a launch
 RECLAIM_SECONDS = 190.0  # an item that was handed out and not served: 120 s, and the next sweep
 LAPSE_SECONDS = 620.0  # a lease that nobody gives back: up to 360 s, 60 s until it may be healed, a sweep, a launch
+NEVER_SECONDS = 400.0  # more, where no lease lapses: healing frees the item 600 s after its last beat
 TERMINATION_SECONDS = 120.0  # P9
 
 
@@ -47,6 +48,8 @@ def check(world: World) -> Iterable[str]:
     switches = dict(world.schedule.switches)
     if switches.get("result_on_stopped_item") == "ignored" or switches.get("never_beaten") == "frozen":
         bound += LAPSE_SECONDS
+    if switches.get("lease_lapse") == "never":
+        bound += NEVER_SECONDS
     for session_id in world.sessions.values():
         longest, at = _longest_silence(world, session_id)
         if longest > bound:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tests.faults import steps
 from tests.faults.not_yet import NOT_YET
@@ -13,13 +13,13 @@ from tests.faults.wire import Kind
 BUSY_SECONDS = 240.0  # the time in which things happen; what follows is recovery
 _SWITCHES: dict[str, tuple[str | int | bool, ...]] = {
     "repeated_secret": ("fresh_only", "same"),
-    "secret": ("extra_keys",),
+    "secret": ("extra_keys", "extra_keys", "null", "undecodable"),
     "work_id": ("work_",),
     "ack_on_claimed": (409,),
     "ack_on_stopped": (409,),
     "heartbeat_on_queued": (404, 409),
     "never_beaten": ("frozen",),
-    "lease_lapse": ("requeue",),
+    "lease_lapse": ("requeue", "never"),
     "created_at_after_requeue": ("new",),
     "stop_reply": (204,),
     "force_stop_stamps": ("different",),
@@ -30,8 +30,9 @@ _SWITCHES: dict[str, tuple[str | int | bool, ...]] = {
     "result_for_closed_call": (200,),
     "duplicate_tool_result": (200,),
     "unprocessed_input_at_stop": ("strand",),
+    "environment_key_may_answer": (False,),
 }
-"""Every switch but those that mean that nothing can work: no secret, an environment key that may not answer."""
+"""Every switch but those of skills. Of servers on which nothing can work, `invariants.HOPELESS` asks the rest."""
 _LOSSES: tuple[Kind, ...] = ("lose_request", "lose_response", "reset_request", "reset_response")
 
 
@@ -51,7 +52,7 @@ class _Maker:
         return self.luck.randrange(self.sessions)
 
     def use(self) -> Use:
-        kind = self.luck.choices(("run", "ask", "deny", "custom"), (8, 1, 0.5, 0.7))[0]
+        kind = self.luck.choices(("run", "ask", "deny", "own", "custom"), (8, 1, 0.5, 0.7, 0.7))[0]
         return Use(kind, round(self.luck.choice((0.5, 4.0, 12.0, 40.0, 90.0)) * self.luck.uniform(0.8, 1.2), 1))  # type: ignore[arg-type]
 
     def turn(self) -> Turn:
@@ -96,11 +97,22 @@ class _Maker:
 
     def provider(self) -> Step:
         call = self.luck.choice(("acquire", "acquire", "start", "start", "list", "release"))
-        kinds = (
-            ("slow", "fail", "fail_for_good", "half_done", "lie") if call == "start" else ("slow", "fail", "half_done")
-        )
+        kinds = {
+            "start": ("slow", "slow_boot", "fail", "fail_for_good", "half_done", "lie"),
+            "acquire": ("slow", "fail", "half_done", "forget"),
+        }.get(call, ("slow", "fail"))
         seconds = self.luck.choice((5.0, 40.0, 100.0, 130.0))
         return steps.Provider(self.at(), call, self.luck.choice(kinds), self.luck.randint(1, 3), seconds)  # type: ignore[arg-type]
+
+    def two_sandboxes(self) -> list[Step]:
+        """A runner boots for so long that its item is handed out again, with a second token; and the second launch does
+        not find the first one's sandbox."""
+        at = self.luck.choice(self.moments)
+        boot = round(self.luck.uniform(90.0, 135.0), 1)
+        return [
+            steps.Provider(max(0.0, at - 1.0), "start", "slow_boot", 1, boot),
+            steps.Provider(at + 30.0, "acquire", "forget", 1),
+        ]
 
     def store(self) -> Step:
         return steps.LoseStore(self.at(), self.luck.random() < 0.5)
@@ -150,7 +162,7 @@ class _Maker:
         return steps.RotateKey(self.at(), self.luck.choice((1.0, 40.0)))
 
 
-TROUBLES: dict[str, tuple[float, Callable[[_Maker], Step]]] = {
+TROUBLES: dict[str, tuple[float, Callable[[_Maker], Step | list[Step]]]] = {
     "webhooks": (3, _Maker.webhooks),
     "kill_dispatcher": (3, _Maker.kill_dispatcher),
     "kill_runner": (3, _Maker.kill_runner),
@@ -158,6 +170,7 @@ TROUBLES: dict[str, tuple[float, Callable[[_Maker], Step]]] = {
     "vanish": (2, _Maker.vanish),
     "suspend": (2, _Maker.suspend),
     "provider": (4, _Maker.provider),
+    "two_sandboxes": (1, _Maker.two_sandboxes),
     "store": (1, _Maker.store),
     "save_store": (1, _Maker.save_store),
     "wire": (8, _Maker.wire),
@@ -180,9 +193,29 @@ def generate(seed: int) -> Schedule:
     kinds = [kind for kind in TROUBLES if kind not in NOT_YET]
     weights = [TROUBLES[kind][0] for kind in kinds]
     for kind in maker.luck.choices(kinds, weights, k=maker.luck.choice((1, 2, 2, 3, 3, 4, 6))):
-        made.append(TROUBLES[kind][1](maker))
+        trouble = TROUBLES[kind][1](maker)
+        made += trouble if isinstance(trouble, list) else [trouble]
     names = maker.luck.sample(sorted(_SWITCHES), maker.luck.choice((0, 0, 1, 2, 4)))
     switches = tuple(
         (name, maker.luck.choice(_SWITCHES[name])) for name in sorted(names) if f"switch {name}" not in NOT_YET
     )
     return Schedule(seed, maker.luck.choice((2, 2, 3, 4)), switches, tuple(sorted(made, key=lambda step: step.at)))
+
+
+ORDINARY = Schedule(
+    seed=1,
+    steps=(
+        steps.Create(0.5, 0, (((Use(seconds=4.0),), (Use(seconds=1.0), Use("ask", 1.0))), ((Use("own", 2.0),),))),
+        steps.Message(1.0, 0),
+        steps.Message(30.0, 0),
+    ),
+)
+RUNNER_STEPS, DISPATCHER_STEPS = 480, 100  # what they take in it, and more: the last kills come too late
+
+
+def every_kill() -> Iterator[Schedule]:
+    """An ordinary session, whose runner, or whose dispatcher, is killed at every await there is."""
+    kills: list[Step] = [steps.KillRunner(0.6, 0, count) for count in range(RUNNER_STEPS)]
+    kills += [steps.KillDispatcher(0.6, 0, count, 30.0) for count in range(DISPATCHER_STEPS)]
+    for kill in kills:
+        yield ORDINARY.with_steps((*ORDINARY.steps, kill))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from anthropic import AsyncAnthropic
 
 from shared import worker
 from shared.dispatcher import Dispatcher
 from shared.settings import Settings
+from shared.webhook import WebhookEvent
 from tests.faults import runners
 from tests.faults.cloud import Cloud, CloudProvider
 from tests.faults.control_plane import ControlPlane
 from tests.faults.loop import Process, VirtualLoop
 from tests.faults.numbers import number
+from tests.faults.steps import OWN_TOOL
 from tests.faults.steps import Webhooks as WebhookTrouble
 from tests.faults.wire import BASE_URL, Network, client_for
 
@@ -88,6 +91,7 @@ class Hosts:
             max_wait_seconds=MAX_WAIT_SECONDS,
             retention_seconds=RETENTION_SECONDS,
             tools=runners.TOOLS,
+            tool_names=(OWN_TOOL,),
         )
 
     def start(self) -> None:
@@ -113,6 +117,8 @@ class Hosts:
 
     def notify(self, type_: str, session_id: str) -> None:
         """One transition: a webhook that may be lost, late, repeated or out of order. All of them say the same."""
+        if type_ == "session.status_idled":
+            self._spawn(self._tell(session_id))
         if type_ != "session.status_run_started":
             return
         self._sent += 1
@@ -129,10 +135,20 @@ class Hosts:
             return
         late = trouble.seconds if trouble is not None and kind == "delay" else 0.0
         for webhook in [self._sent, *([self._sent] if kind == "duplicate" else []), *reversed(self._held)]:
-            task = self.loop.create_task(self._deliver(webhook, late), context=self.network.server.copy())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._deliver(webhook, late))
         self._held.clear()
+
+    def _spawn(self, main: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(main, context=self.network.server.copy())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tell(self, session_id: str) -> None:
+        """The webhook of a session that is idle now, for whoever is up; nobody depends on it."""
+        await asyncio.sleep(0.3)
+        host = next((host for host in self.all if host.is_up and host.dispatcher is not None), None)
+        if host is not None and host.dispatcher is not None:
+            host.dispatcher.suspect(WebhookEvent("whe_idled", "session.status_idled", session_id))
 
     async def _deliver(self, webhook: int, late: float) -> None:
         luck = number(self._seed, "webhook", webhook)

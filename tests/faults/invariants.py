@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise, permutations
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from shared.provider import Launch
 from tests.faults import steps
 from tests.faults.loop import Process
+from tests.faults.steps import OWN_TOOL
 from tests.faults.wire import Asked
 
 if TYPE_CHECKING:
@@ -20,7 +22,14 @@ if TYPE_CHECKING:
     from tests.faults.runners import Execution
 
 LOOK_SECONDS = 25.0  # from a runner's last look at the log to its stop: a fence of a heartbeat, two slow answers
+SILENCE_SECONDS = 590.0  # before healing takes a lease from whoever held it
 KILL_SECONDS = 7.0  # P3 and R5: what a resumed runner still runs ends within a look of 1 s and a kill of 5 s
+HOPELESS = {
+    ("secret", "null"): ("lost", "slow", "endless"),
+    ("secret", "undecodable"): ("lost", "slow", "endless"),
+    ("environment_key_may_answer", False): ("lost", "slow"),
+}
+"""Servers on which sessions cannot be served, or strands not be ended, and what is therefore not asked of them."""
 _OWNED = ("bash", "read", "write", "edit", "glob", "grep")
 
 
@@ -38,12 +47,16 @@ class Stop:
     """When its runner last read the event log before it asked for the stop, and whether there was work then."""
     holder: Process | None
     was_leaving: bool
+    silence: float
+    """How long nobody had beaten when the one who stops took the lease."""
 
 
 def watch(world: World) -> None:
     """Records, at the server, what no log shows afterwards."""
     before: dict[int, tuple[str, bool]] = {}
     looks: dict[Process, list[tuple[float, bool]]] = {}
+    beats: dict[str, float] = {}
+    silences: dict[str, float] = {}
 
     def asked(request: Asked) -> None:
         world.asked.append(request)
@@ -55,8 +68,14 @@ def watch(world: World) -> None:
     def answered(request: Asked) -> None:
         if request.operation == "work.heartbeat" and request.status == 200:
             item = world.plane.item_by_id(request.path.split("/")[-2])
-            if item is not None and "NO_HEARTBEAT" in request.query and json.loads(request.answer)["lease_extended"]:
+            if item is not None and json.loads(request.answer)["lease_extended"]:
+                if "NO_HEARTBEAT" in request.query:
+                    silences[item.session_id] = inf
+                elif world.runners.holders.get(item.session_id) is not request.process:
+                    silences[item.session_id] = world.loop.time() - beats.get(item.session_id, -inf)
+                beats[item.session_id] = world.loop.time()
                 world.runners.holders[item.session_id] = request.process
+            if item is not None and "NO_HEARTBEAT" in request.query and json.loads(request.answer)["lease_extended"]:
                 world.log(f"{request.process.name} claims {name_of(world, item.session_id)}")
         if request.operation == "events.list":
             look = (world.loop.time(), world.plane.has_work(request.path.split("/")[3]))
@@ -71,7 +90,10 @@ def watch(world: World) -> None:
                 earlier = [look for look in looks.get(request.process, []) if look[0] <= request.at]
                 looked = earlier[-1] if earlier else (0.0, True)
                 by, at = request.process, world.loop.time()
-                world.stops.append(Stop(at, request.at, by, item.session_id, state, had_work, looked, holder, leaving))
+                silence = silences.get(item.session_id, inf)
+                world.stops.append(
+                    Stop(at, request.at, by, item.session_id, state, had_work, looked, holder, leaving, silence)
+                )
                 world.log(f"{request.process.name} stops {name_of(world, item.session_id)} ({state}, work={had_work})")
 
     def launched(launch: Launch) -> None:
@@ -117,6 +139,7 @@ def check(world: World) -> list[str]:
         *_stops(world),
         *_cures(world),
         *_credentials(world),
+        *_refusals(world),
     ]
 
 
@@ -136,7 +159,10 @@ def _ends(world: World) -> Iterable[str]:
         if box.alive():
             yield f"endless: {box.alive()[0].process.name} of {name_of(world, box.session_id)} never ends"
     owners = set(world.cloud.store.values())
-    loses = any(isinstance(step, steps.LoseStore) for step in world.schedule.steps)
+    loses = any(
+        isinstance(step, steps.LoseStore) or (isinstance(step, steps.Provider) and step.kind == "forget")
+        for step in world.schedule.steps
+    )
     for box in world.cloud.boxes.values():
         if not loses and box.id not in owners:
             yield f"ownerless: {box.id} belongs to no session"
@@ -193,6 +219,8 @@ def _stops(world: World) -> Iterable[str]:
         looked_at, saw_work = stop.looked
         # What comes after the last look, nobody can see: a stop is unfenced.
         has_looked = stop.asked_at - looked_at < LOOK_SECONDS and not saw_work
+        if is_host and not is_operators and stop.silence < SILENCE_SECONDS:
+            yield f"blind: at {stop.at:.1f} {stop.by.name} freed {name}, which was beaten {stop.silence:.0f} s before"
         if stop.had_work and not (has_looked or is_operators or stop.was_leaving or is_host):
             yield f"unguarded: at {stop.at:.1f} {stop.by.name} stopped {name} while it has work"
 
@@ -206,13 +234,14 @@ def _cures(world: World) -> Iterable[str]:
             continue
         events = json.loads(request.body)["events"]
         for event in events:
-            made = next((each for each in session.log if each["id"] == event.get("tool_use_id")), None)
+            answered = event.get("tool_use_id") or event.get("custom_tool_use_id")
+            made = next((each for each in session.log if each["id"] == answered), None)
             if event["type"] == "user.interrupt" and len(events) == 1:
                 yield f"interrupt: healing interrupted {name_of(world, session.id)} without an answer"
             elif event["type"] != "user.interrupt" and (made is None or not is_ours(made, session.log)):
                 yield f"foreign cure: healing answered {made}, which is not ours to answer"
-            elif event["type"] == "user.tool_result" and request.status == 200:
-                cured[event["tool_use_id"]] += 1
+            elif answered and request.status == 200:
+                cured[answered] += 1
     for call_id, count in cured.items():
         if count > 1 and world.schedule.switch("duplicate_tool_result") != 200:
             yield f"second cure: {call_id} was cured {count} times"
@@ -220,6 +249,8 @@ def _cures(world: World) -> Iterable[str]:
 
 def is_ours(made: dict[str, Any], log: list[dict[str, Any]]) -> bool:
     """Whether the call is a runner's to answer."""
+    if made["type"] == "agent.custom_tool_use":
+        return bool(made["name"] == OWN_TOOL)
     if made["type"] != "agent.tool_use" or made["name"] not in _OWNED:
         return False
     verdicts = [each["result"] for each in log if each.get("tool_use_id") == made["id"] and "result" in each]
@@ -236,3 +267,9 @@ def _credentials(world: World) -> Iterable[str]:
     }
     for name in sorted(users):
         yield f"planted: {name} uses the environment key"
+
+
+def _refusals(world: World) -> Iterable[str]:
+    """P5: without a session's own token nothing is launched."""
+    if world.schedule.switch("secret") in ("null", "undecodable") and world.runners.by_process:
+        yield "planted: a runner was started without a token of its own"

@@ -24,6 +24,7 @@ from shared.runner_job import read_job
 from shared.runner_lock import Lock
 from tests.faults.cloud import Cloud, Run
 from tests.faults.loop import CURRENT, Process, VirtualLoop
+from tests.faults.steps import OWN_TOOL
 from tests.faults.wire import Network, client_for, current_process
 
 BOOT_SECONDS = 1.0  # from the start of the process to its first look at the lock
@@ -62,7 +63,7 @@ class Runners:
         run.process.spawn(self._main(run)).add_done_callback(lambda task: self._ended(run, task))
 
     async def _main(self, run: Run) -> tuple[int, str]:
-        await asyncio.sleep(BOOT_SECONDS)
+        await asyncio.sleep(BOOT_SECONDS + run.boots_late_seconds)
         job = read_job(None, io.BytesIO(run.stdin), {})
         lock = Lock(run.box.directory / "state")
         run.process.on_death.append(lock.release)
@@ -167,14 +168,20 @@ class Bash(BetaAsyncBuiltinFunctionTool):
     name = "bash"
 
     def to_dict(self) -> Any:
-        return {"type": "bash_20250124", "name": "bash"}
+        return {"type": "bash_20250124", "name": self.name}
 
     async def call(self, input: object) -> str:
         assert isinstance(input, dict)
         return await _here[-1].execute(str(input["command"]))
 
 
+class Own(Bash):
+    """A custom tool of ours, which does the same."""
+
+    name = OWN_TOOL
+
+
 def tools(_context: object) -> list[Any]:
     """What SANDBOX_TOOLS names: of two tools of one name, the SDK calls the later."""
     assert CURRENT.get() is not None
-    return [Bash()]
+    return [Bash(), Own()]

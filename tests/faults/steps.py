@@ -7,12 +7,15 @@ from typing import Literal
 
 from tests.faults.wire import Kind
 
+OWN_TOOL = "deploy"
+"""The custom tool behind SANDBOX_TOOLS, and the only name in SANDBOX_TOOL_NAMES."""
+
 
 @dataclass(frozen=True)
 class Use:
-    """One tool call of the agent. `run` and `ask` take so many seconds in a sandbox."""
+    """One tool call of the agent. `run`, `ask` and `own`, a custom tool of ours, take so many seconds in a sandbox."""
 
-    kind: Literal["run", "ask", "deny", "custom"] = "run"
+    kind: Literal["run", "ask", "deny", "own", "custom"] = "run"
     seconds: float = 5.0
 
 
@@ -108,10 +111,12 @@ class Suspend(Step):
 
 @dataclass(frozen=True)
 class Provider(Step):
-    """Trouble with the provider's next calls of a kind."""
+    """Trouble with the provider's next calls of a kind. `half_done`: it is done, and the answer says that it failed;
+    `lie`: the other way round; `slow_boot`: the runner starts that much later, whoever has given it up; `forget`: the
+    session's sandbox is not found, and another one is made."""
 
     call: Literal["acquire", "start", "list", "release"]
-    kind: Literal["slow", "fail", "fail_for_good", "half_done", "lie"]
+    kind: Literal["slow", "slow_boot", "fail", "fail_for_good", "half_done", "lie", "forget"]
     count: int = 1
     seconds: float = 0.0
 

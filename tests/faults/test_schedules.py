@@ -10,10 +10,10 @@ import pytest
 
 from tests.faults import kept, steps
 from tests.faults.__main__ import SEEDS_APART, report
-from tests.faults.generate import generate
+from tests.faults.generate import DISPATCHER_STEPS, ORDINARY, RUNNER_STEPS, every_kill, generate
 from tests.faults.play import play
 from tests.faults.shrink import shrink
-from tests.faults.steps import Create, Message, Schedule, Skew, Use
+from tests.faults.steps import Create, KillDispatcher, KillRunner, Message, Schedule, Skew, Use
 
 COUNT = int(os.environ.get("FAULTS_N", "500"))
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
@@ -33,6 +33,21 @@ def test_random_schedules(first: int) -> None:
 def test_what_was_once_found(name: str) -> None:
     outcome = play(importlib.import_module(f"{kept.__name__}.{name}").SCHEDULE)
     assert outcome.violations == [], "\n".join(outcome.story)
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_a_kill_at_any_await_loses_nothing(part: int) -> None:
+    """Every eighth here; `make faults` plays them all."""
+    for schedule in list(every_kill())[part * 4 :: 8]:
+        outcome = play(schedule)
+        assert outcome.violations == [], "\n".join((str(schedule), *outcome.story))
+
+
+def test_the_kills_reach_the_last_await() -> None:
+    undisturbed = play(ORDINARY).story
+    for kill in (KillRunner(0.6, 0, RUNNER_STEPS), KillDispatcher(0.6, 0, DISPATCHER_STEPS, 30.0)):
+        disturbed = play(ORDINARY.with_steps((*ORDINARY.steps, kill))).story
+        assert [line for line in disturbed if "Kill" not in line] == undisturbed
 
 
 def test_a_schedule_plays_the_same_again() -> None:
