@@ -16,6 +16,7 @@ from .errors import JobRefused, LaunchFailed
 from .jobs import Job
 from .provider import Launch, Provider
 from .settings import Settings
+from .staging import Stager
 
 LAUNCH_SECONDS = 90.0  # from hand-out; below the reclaim window, so that an item is never launched twice at once
 RETRY_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # between two attempts of a poll or a launch; the last one repeats
@@ -46,6 +47,7 @@ class Launcher:
         self._provider = provider
         self._launch_seconds = launch_seconds
         self._retry_pauses = retry_pauses
+        self._stager = Stager(client) if settings.stage_files else None
 
     async def launch(self, item: BetaSelfHostedWork) -> bool:
         """True when a runner serves the session now: this one, or one that was there. Never raises for a launch that
@@ -72,13 +74,23 @@ class Launcher:
             return False
 
     async def _launch_until_started(self, job: Job, began: float) -> bool:
-        launch = Launch(stdin=job.to_stdin())
+        staging = asyncio.create_task(self._stager.files(job)) if self._stager is not None else None
+        try:
+            return await self._retry_until_started(job, staging, began)
+        finally:
+            if staging is not None:
+                staging.cancel()
+
+    async def _retry_until_started(
+        self, job: Job, staging: asyncio.Task[dict[str, bytes]] | None, began: float
+    ) -> bool:
         attempt = 0
         while True:
             attempt += 1
             try:
                 sandbox = await self._provider.acquire(job.session_id)
-                started = await sandbox.start(launch)
+                files = await staging if staging is not None else {}
+                started = await sandbox.start(Launch(stdin=job.to_stdin(), files=files))
             except LaunchFailed as error:
                 self._log_failure(job, began, error.args[0], attempt=attempt)
                 if not error.retriable:

@@ -221,7 +221,7 @@ class Session:
             return True
         if not self._patience.is_over.is_set():
             return False
-        return (await read_log(self._api, self._job.session_id)).only_waits(self._guard.owned)
+        return self._patience.is_justified(await read_log(self._api, self._job.session_id))
 
     async def _lease_is_ours(self) -> bool:
         """The fence before a stop: a heartbeat on the condition of our own last one, which the middleware puts in."""

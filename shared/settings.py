@@ -218,6 +218,14 @@ class Settings:
         default=(),
     )
 
+    stage_files: bool = setting(
+        "SANDBOX_STAGE_FILES",
+        "Look at each session before its launch, and bring what its runner cannot fetch: skills that the session's"
+        " token may not read, and the files that metadata `input:<name>` = `https://...` names, into `inputs/`.",
+        parse=flag,
+        default=False,
+    )
+
     @property
     def webhook_keys(self) -> tuple[str, ...]:
         """The accepted signing keys, the current one first."""

@@ -107,6 +107,7 @@ class ProviderContract:
     # --- acquire -----------------------------------------------------------------------------------------------------
 
     async def test_acquire_creates_once_and_then_finds(self, world: World) -> None:
+        """R10."""
         provider = world.host().provider
         first = await provider.acquire("sesn_contract")
         assert first.created

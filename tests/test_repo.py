@@ -119,6 +119,41 @@ def test_the_env_example_lists_the_settings(folder: Path) -> None:
     assert sorted(names) == sorted(row.name for row in settings_tables.rows(ROOT, folder))
 
 
+@each("page", [path for path in READMES if path.parent == ROOT / "docs"])
+def test_a_page_of_docs_claims_what_a_test_shows_and_quotes_what_is_logged(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text))
+    assert {f"{path}::{name}" for path, name in named if name not in _tests_in(ROOT / path)} == set()
+    tables = re.findall(r"^\|.*\| Tests \|\n\| ---.*\n((?:\|.*\n?)+)", text, re.MULTILINE)
+    rows = [row for table in tables for row in table.splitlines()]
+    assert rows, "what a page claims stands in tables whose last column is Tests"
+    assert [row for row in rows if "::test_" not in row.rsplit("|", 2)[1]] == []
+    code = "\n".join(path.read_text(encoding="utf-8") for path in SHARED)
+    logged = set(re.findall(r"\b(?:line|bug)\(\s*(?:_log, )?\"(\w+)\"", code)) | set(
+        re.findall(r"outcome = \"(\w+)\" if .* else \"(\w+)\"", code)[0]
+    )
+    assert set(re.findall(r"\baction=(\w+)", text)) - logged == set()
+    assert {event for event in re.findall(r"\"event\": \"(\w+)\"", text) if f'emit("{event}"' not in code} == set()
+
+
+def _tests_in(path: Path) -> set[str]:
+    tree = ast.parse(path.read_bytes()) if path.is_file() else ast.Module([], [])
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+RULES = [f"R{number}" for number in range(1, 13)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_found_by_its_number(rule: str) -> None:
+    """In the code that keeps it, in a test of it, and in the page that explains them all."""
+    named = re.compile(rf"\b{rule}\b")
+    tests = [path for path in SOURCES if path.is_relative_to(ROOT / "tests") and path != Path(__file__).resolve()]
+    assert [path.name for path in SHARED if named.search(path.read_text(encoding="utf-8"))]
+    assert [path.name for path in tests if named.search(path.read_text(encoding="utf-8"))]
+    assert f"\n| {rule} | " in (ROOT / "docs/lost-sessions.md").read_text(encoding="utf-8")
+
+
 @each("readme", READMES)
 def test_relative_links_resolve(readme: Path) -> None:
     text = _without_code(readme.read_text(encoding="utf-8"))

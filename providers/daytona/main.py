@@ -92,7 +92,7 @@ def create_app(host: Host | None = None, *, poll: bool = True) -> FastAPI:
         latest = Latest()
         logging.getLogger().addHandler(latest)
         dispatcher = Dispatcher(client=open_client(served.settings), settings=served.settings, provider=served.provider)
-        app.state.verifier, app.state.wake = served.verifier, dispatcher.wake
+        app.state.verifier, app.state.wake, app.state.suspect = served.verifier, dispatcher.wake, dispatcher.suspect
         app.state.host, app.state.latest = served, latest
         stop = asyncio.Event()
         working = asyncio.create_task(worker.run(dispatcher, stop=stop, poll=poll))
@@ -130,6 +130,7 @@ async def webhook(request: Request) -> Response:
         handler.Request(request.method, request.headers, request.stream()),
         verifier=request.app.state.verifier,
         wake=request.app.state.wake,
+        suspect=request.app.state.suspect,
     )
     return Response(reply.body, reply.status, dict(reply.headers))
 

@@ -71,6 +71,27 @@ async def test_a_first_message_is_waited_for_no_longer_than_the_next_one(
     assert await runner.run() == NOBODY
 
 
+async def test_a_first_message_in_the_last_instant_is_a_reason_to_stay(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    """It leads to another client's call, for which a runner is more patient than for a first message."""
+    emulator.set_script(session_id, [custom("someone_elses"), repeat_output, end()])
+    runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="0.3")
+    look = proxy.hold("session", times=2)  # the SDK's own at the start, and the guard's before the stop
+    look.released.set()
+    running = runner.start()
+    await proxy.wait_count("session", 1)
+    look.released.clear()
+    await proxy.wait_count("session", 2)
+    emulator.say(session_id, "go")
+    look.released.set()
+    (theirs,) = await until(emulator, lambda: emulator.pending_calls(session_id))
+    await proxy.wait_count("session", 3)  # the SDK's again: it serves on
+    assert operations(emulator, "work.stop") == []
+    emulator.send(session_id, {"type": "user.custom_tool_result", "custom_tool_use_id": theirs, "content": []})
+    assert await running == (EXIT_OK, "the session is idle")
+
+
 async def test_neither_a_call_nor_a_thought_counts_as_waiting(
     emulator: Emulator, session_id: str, tmp_path: Path
 ) -> None:
@@ -90,7 +111,7 @@ async def test_a_call_that_outlives_its_turn_is_not_cut_off(
     emulator.set_script(session_id, [slow, say("never"), end()])
     emulator.say(session_id, "go")
     patient = {"SANDBOX_MAX_IDLE_SECONDS": "60"}
-    runner = await waiting(emulator, proxy.url, tmp_path, teardown_seconds=0.1, **patient)
+    runner = await waiting(emulator, proxy.url, tmp_path, teardown_seconds=1.0, **patient)
     running = runner.start()
     await wait_file(tmp_path / "workspace" / "begun")
     emulator.send(session_id, {"type": "user.interrupt"})

@@ -53,6 +53,7 @@ class FakeSandbox:
     async def start(self, launch: Launch) -> Started:
         job: dict[str, str] = json.loads(launch.stdin)
         self._provider.jobs.append(job)
+        self._provider.files.append(dict(launch.files))
         return await self._provider.start(job)
 
     async def tail(self, lines: int) -> str:
@@ -67,6 +68,7 @@ class FakeProvider:
     def __init__(self, start: Start = says_ready) -> None:
         self.start = start
         self.jobs: list[dict[str, str]] = []
+        self.files: list[dict[str, bytes]] = []
         self.infos: list[SandboxInfo] = []
         self.renewed: list[str] = []
         self.released: list[str] = []

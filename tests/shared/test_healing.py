@@ -1,4 +1,4 @@
-"""Healing against the emulator: strands end, and what is no strand is left alone.
+"""Healing against the emulator: strands end, and what is no strand is left alone (R9).
 
 A runner that dies is played with the SDK: it acks, beats, and is never heard of again.
 """

@@ -22,6 +22,10 @@ class JobRefused(SandboxesError):
     """The work item cannot be handed to a sandbox."""
 
 
+class FetchRefused(SandboxesError):
+    """A file cannot be fetched, or must not be."""
+
+
 class LaunchFailed(SandboxesError):
     """The sandbox did not get to a ready runner."""
 

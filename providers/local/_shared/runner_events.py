@@ -97,6 +97,11 @@ class EventLog:
         """The session is gone, or its last turn has ended and nothing new has come since."""
         return self.turn == "ended" and not self._has_new_input and not self._unprocessed
 
+    @property
+    def waits_for(self) -> tuple[str, frozenset[str]]:
+        """What the session's own last word was, and which calls it waits for."""
+        return self.turn, self._awaited
+
     def only_waits(self, owned: Collection[str]) -> bool:
         """The session does nothing until somebody else does: a person with a word, another client with its tool's
         result, anybody with a first message. `owned` are the names of the tools that are ours to run."""

@@ -25,6 +25,7 @@ class Patience:
         self._seconds = seconds
         self._first_seconds = min(first, seconds)
         self.is_over = asyncio.Event()
+        self._waited_for = log.waits_for
 
     async def watch(self) -> None:
         """Looks for ever. Cancel it."""
@@ -33,8 +34,13 @@ class Patience:
             if self._log.is_read and not self._guard.running and self._log.only_waits(self._guard.owned):
                 left -= self._log.quiet_seconds
                 if left <= 0:
+                    self._waited_for = self._log.waits_for
                     self.is_over.set()
             await asyncio.sleep(min(max(left, _SHORTEST_LOOK_SECONDS), _LONGEST_LOOK_SECONDS))
+
+    def is_justified(self, log: EventLog) -> bool:
+        """Whether the session, by its whole log as it is now, still only waits, and for what patience ended over."""
+        return log.only_waits(self._guard.owned) and log.waits_for == self._waited_for
 
     def begin_again(self) -> None:
         """The session turned out not to wait, or could not be left."""
