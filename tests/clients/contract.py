@@ -17,8 +17,8 @@ import pytest
 
 from tools.emulator import Emulator, RequestRecord, Step, call, end, repeat_output, tools
 
-EXIT_SECONDS = 30
-WAIT_SECONDS = 30
+EXIT_SECONDS = 60
+WAIT_SECONDS = 60
 SKILL = {
     "SKILL.md": "---\nname: greeter\ndescription: greets\n---\n",
     "bin/greet": "#!/bin/sh\necho hello from the skill\n",

@@ -80,7 +80,7 @@ def test_run(emulator: Emulator, session_id: str, ant: list[str], tmp_path: Path
     claimed(emulator)
     handed = {"ANTHROPIC_SESSION_ID": session_id, "ANTHROPIC_WORK_ID": session_id}
     with started(emulator, [*ant, "run", "--max-idle", "200ms"], tmp_path, handed) as process:
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
         assert process.returncode == 0
     assert emulator.work(session_id)["state"] == "stopped"
     check(emulator, session_id, tmp_path)

@@ -46,7 +46,9 @@ def test_the_flags_make_the_trouble_they_spell() -> None:
     make_trouble(emulator, options)
     assert (emulator.switches.lease_lapse, emulator.switches.environment_key_may_answer) == ("requeue", False)
     assert emulator.clock.skew.total_seconds() == -90
-    shown = [{name: value for name, value in fault.shown().items() if value} for fault in emulator.faults()]
+    told = [fault.shown() for fault in emulator.faults()]
+    assert len({fault.pop("id") for fault in told}) == 4
+    shown = [{name: value for name, value in fault.items() if value} for fault in told]
     assert shown == [
         {"on": "request", "operation": "work.ack", "kind": "lose_response", "count": 2, "status": 500, "after": 1},
         {"on": "request", "operation": "*", "kind": "fail", "status": 503},
