@@ -77,6 +77,10 @@ function lines(list, items, textOf) {
 }
 
 async function copyFrom(source, button) {
+  if (navigator.clipboard === undefined) {
+    getSelection().selectAllChildren(source); // plain http from another machine: the browser lends no clipboard
+    return;
+  }
   await navigator.clipboard.writeText(source.textContent);
   setText(button, "Copied");
   setTimeout(() => setText(button, "Copy"), 2 * TICK_MILLISECONDS);
