@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
+import runpy
 import select
 import signal
 import stat
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 WORKSPACE = Path("/workspace")
@@ -177,37 +181,91 @@ def run(runner: Path) -> int:
     sys.path.insert(0, str(HERE))  # root's, like this file
     from _shared import runner_process
 
+    _give_to_agent(WORKSPACE)  # also back to one that an agent has shut
     runner_process.hide()  # the tools' secrets are in our environment
     runner_process.adopt_orphans()
     mine = STATE / "runs" / str(os.getpid())
     with mine.open("w") as lock, _signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD) as (told, came):
         fcntl.flock(lock, fcntl.LOCK_EX)
         output, theirs = os.pipe()
-        agent = AGENT_ID if os.geteuid() == 0 else None
-        child = subprocess.Popen(
-            [sys.executable, "-I", str(runner)],
-            stdout=theirs,
-            stderr=theirs,
-            env=_environment(),
-            cwd=WORKSPACE,
-            start_new_session=True,
-            user=agent,
-            group=agent,
-            extra_groups=None if agent is None else [],
-        )
+        child = _Runner(runner, theirs, runner_process.hide)
         os.close(theirs)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the job is the runner's alone
         _attend(child, output, told, came)
         runner_process.kill_descendants()
         _commit()
         mine.unlink()
-    if child.returncode < 0:
-        _write(1, f"the runner was killed by {signal.Signals(-child.returncode).name}\n".encode())
-        return 128 - int(child.returncode)
-    return int(child.returncode)
+    code = child.returncode or 0
+    if code < 0:
+        _write(1, f"the runner was killed by {signal.Signals(-code).name}\n".encode())
+        return 128 - code
+    return code
 
 
-def _attend(child: subprocess.Popen[bytes], output: int, told: int, came: Callable[[], set[int]]) -> None:
+class _Runner:
+    """The runner's process: a fork that becomes the agent's user, and never an exec. What is executed can be looked
+    into by its user until it hides itself, and a process of the agent's that waited for that moment could keep its
+    memory open and read the job. `hide` makes us unreadable; a fork of ours is, too."""
+
+    def __init__(self, runner: Path, output: int, hide: Callable[[], object]) -> None:
+        self.returncode: int | None = None
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # our handlers are not for it
+        self._pid = os.fork()
+        if not self._pid:
+            self._become(runner, output, hide)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+
+    def poll(self) -> int | None:
+        """Its exit code once it has ended, negative for a signal."""
+        if self.returncode is None and (ended := os.waitpid(self._pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGTERM)
+
+    def _become(self, runner: Path, output: int, hide: Callable[[], object]) -> NoReturn:
+        """What `python -I <runner>` does at its start, in an interpreter that has started."""
+        code: object = 1
+        try:
+            gc.freeze()  # our files are not its to collect, that is, to close
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.setsid()
+            for target in (1, 2):
+                os.dup2(output, target)
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) > 2:
+                    with contextlib.suppress(OSError):  # the listing's own
+                        os.close(int(name))
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(AGENT_ID)
+                os.setuid(AGENT_ID)
+            hide()  # again: a change of the user says anew who may look
+            environment = _environment()
+            os.environ.clear()
+            os.environ.update(environment)
+            os.chdir(WORKSPACE)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            sys.path.remove(str(HERE))
+            sys.argv = [str(runner)]
+            runpy.run_path(str(runner), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            if sys.exc_info()[0]:
+                traceback.print_exc()
+            with contextlib.suppress(OSError):  # nobody reads any more
+                sys.stdout.flush()
+            os._exit(code if isinstance(code, int) else 1)
+
+
+def _attend(child: _Runner, output: int, told: int, came: Callable[[], set[int]]) -> None:
     """Passes the runner's words on and SIGTERM in, until the runner has ended."""
     say = _Sayer()
     open_ends = [output, told]
