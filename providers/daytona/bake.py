@@ -21,6 +21,7 @@ from _shared.settings import load
 from sandbox import DaytonaSettings, open_daytona
 
 ACTIVE = "active"
+PAGE = 100
 
 
 def say(text: str) -> None:
@@ -58,6 +59,30 @@ async def bake(own: DaytonaSettings, *, force: bool = False) -> int:
     return 0
 
 
+async def prune(own: DaytonaSettings) -> int:
+    """Deletes the snapshots that were baked before, by whoever uses this Daytona organization. Exit codes as `bake`."""
+    kept = image.name(own.cpu, own.memory_gib, own.disk_gib)
+    daytona = open_daytona(own)
+    try:
+        old, number = [], 1
+        while True:
+            page = await daytona.snapshot.list(page=number, limit=PAGE)
+            old += [each for each in page.items if image.NAME.fullmatch(each.name) and each.name != kept]
+            if number >= page.total_pages:
+                break
+            number += 1
+        for each in old:
+            await daytona.snapshot.delete(each.id)
+            say(f"deleted {each.name}")
+    except DaytonaError as error:
+        say(f"old snapshots are left: {error.message}")
+        return 1
+    finally:
+        await daytona.close()  # type: ignore[no-untyped-call]
+    say(f"{len(old)} old snapshots deleted, {kept} kept")
+    return 0
+
+
 def _image() -> Image:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "Dockerfile")
@@ -70,12 +95,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Bakes the snapshot of the sandboxes. Settings: see README.md.")
     parser.add_argument("--force", action="store_true", help="bake it anew even when it is there")
     parser.add_argument("--show", action="store_true", help="print the name and the Dockerfile, and do nothing")
+    parser.add_argument(
+        "--prune", action="store_true", help="delete every other snapshot that bake.py has baked in this organization"
+    )
     options = parser.parse_args()
     try:
         if options.show:
             say(f"# {image.name()}\n{image.dockerfile()}")
             return 0
-        return asyncio.run(bake(load(DaytonaSettings, os.environ), force=options.force))
+        own = load(DaytonaSettings, os.environ)
+        return asyncio.run(prune(own) if options.prune else bake(own, force=options.force))
     except (SandboxesError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -10,6 +10,7 @@ import base64
 import gzip
 import hashlib
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ RUNNER = "/opt/runner/sandbox_runner.py"
 FILES = "/opt/sandbox_files"
 WORKSPACE = "/workspace"
 _HERE = Path(__file__).resolve().parent
+NAME = re.compile(r"sandboxes-[0-9a-f]{16}")
 _LINE = 1000  # characters; a line of a Dockerfile has a limit
 _MOST = 100_000  # characters packed; a command has a limit too
 

@@ -146,7 +146,7 @@ class DaytonaDouble:
         self.quota: int | None = None
         """How many sandboxes may run at once."""
         self.page = 100
-        """How many sandboxes one page of a list has at most."""
+        """How many entries one page of a list has at most."""
         self.readable: list[Path] = []
         """More directories of this machine that sandboxes can read."""
         self._faults: list[Fault] = []
@@ -632,7 +632,10 @@ class DaytonaDouble:
 
     async def _snapshot_list(self, request: web.Request, operation: str, body: bytes) -> web.Response:
         items = list(self.snapshots.values())
-        return web.json_response({"items": items, "total": len(items), "page": 1, "totalPages": 1})
+        page, limit = int(request.query.get("page", "1")), min(self.page, int(request.query.get("limit", "100")))
+        pages = max(1, -(-len(items) // limit))
+        shown = items[(page - 1) * limit : page * limit]
+        return web.json_response({"items": shown, "total": len(items), "page": page, "totalPages": pages})
 
     async def _snapshot_delete(self, request: web.Request, operation: str, body: bytes) -> web.Response:
         snapshot = self._snapshot(request)

@@ -126,6 +126,19 @@ async def test_a_failed_build_is_told_and_can_be_repeated(
     assert await baking.bake(settings(daytona)) == 0
 
 
+async def test_old_snapshots_are_deleted_when_asked_and_nobody_elses(
+    daytona: DaytonaDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    current, theirs = image.name(), "their-snapshot"
+    old = [f"sandboxes-{number:016x}" for number in range(4)]
+    for name in (*old[:2], current, theirs, *old[2:]):
+        daytona.add_snapshot(name, {})
+    daytona.page = 2
+    assert await bake.prune(settings(daytona)) == 0
+    assert sorted(daytona.snapshots) == sorted([current, theirs])
+    assert "4 old snapshots deleted" in capsys.readouterr().out
+
+
 def test_what_it_would_bake_can_be_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bake.py", "--show"])
     assert bake.main() == 0
