@@ -28,7 +28,7 @@ from vercel.sandbox import (
 import image
 from _shared.errors import LaunchFailed, SandboxesError
 from _shared.settings import load
-from sandbox import AS_AGENT, SETPRIV, VercelSettings, install, mapped
+from sandbox import VercelSettings, install, mapped
 
 BAKE_SECONDS = 1200.0
 HERE = Path(__file__).resolve().parent
@@ -67,8 +67,9 @@ async def _fill(sandbox: Sandbox, options: argparse.Namespace, wanted: image.Ima
         if done.returncode:
             raise LaunchFailed(f"{options.setup} ended with {done.returncode}: see its output above", retriable=False)
     _say(began, "checking that a runner can work there")
-    check = [*AS_AGENT, *wanted.command(), "--check"]
-    done = await sandbox.run_process(SETPRIV, check, cwd="/", sudo=True, capture_output=True)
+    done = await sandbox.run_process(
+        wanted.python, wanted.arguments("--check"), cwd="/", env=image.VARIABLES, sudo=True, capture_output=True
+    )
     if done.returncode:
         raise LaunchFailed(f"a runner cannot work there: {done.stdout}", retriable=False)
     _say(began, "taking the snapshot")

@@ -23,6 +23,7 @@ HOME = f"/home/{AGENT}"
 WORKSPACE = "/workspace"
 STATE = "/var/lib/sandbox-runner"
 MEMORY = "/mnt/memory"  # where the SDK puts memory stores
+VARIABLES = {"LANG": "C.UTF-8", "SANDBOX_STATE_DIR": STATE, "SANDBOX_WORKDIR": WORKSPACE}
 _DISTRIBUTION = "anthropic"
 _ELSEWHERE = re.compile(r"== '(win32|emscripten|darwin)'")  # in the marker of what Linux does not need
 
@@ -90,18 +91,19 @@ class Image:
         """The files that exist when all is done."""
         return f"{ROOT}/{self.sdk}/ready", self.program
 
-    def command(self, program: str | None = None) -> list[str]:
-        """Starts the runner (or `program`) as whoever calls it, with its own variables."""
-        variables = {"HOME": HOME, "LOGNAME": AGENT, "USER": AGENT, "LANG": "C.UTF-8"}
-        variables |= {"SANDBOX_STATE_DIR": STATE, "SANDBOX_WORKDIR": WORKSPACE}
-        assignments = [f"{name}={value}" for name, value in variables.items()]
-        return ["/usr/bin/env", *assignments, self.python, "-I", program or self.program]
+    @property
+    def start(self) -> str:
+        return f"{ROOT}/{self.runner}/start.py"
+
+    def arguments(self, *more: str, program: str | None = None) -> list[str]:
+        """Those of `python`, run by root, that start the runner (or `program`) as the agent's user."""
+        return ["-I", self.start, AGENT, program or self.program, *more]
 
 
 def load(folder: Path) -> Image:
     """The image of the deployment in `folder`."""
     needed = requirements((folder / "uv.lock").read_text(encoding="utf-8")).encode()
-    modules = [folder / "_shared" / "sandbox_runner.py", *(folder / "_shared").glob("runner_*.py")]
+    modules = [folder / "start.py", folder / "_shared/sandbox_runner.py", *(folder / "_shared").glob("runner_*.py")]
     files = {f"runner/{path.name}": path.read_bytes() for path in sorted(modules)}
     runner = hashlib.sha256(b"".join(name.encode() + b"\0" + files[name] for name in files)).hexdigest()
     sdk = hashlib.sha256(needed).hexdigest()

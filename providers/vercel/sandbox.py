@@ -73,8 +73,8 @@ FAILURES = 25  # about two launches' attempts
 _DAY_SECONDS = 86400.0
 _LOG_CHARACTERS = 500
 _KILL_SECONDS = 5.0
-SETPRIV = "/usr/bin/setpriv"
-AS_AGENT = ["--reuid", image.AGENT, "--regid", image.AGENT, "--init-groups", "--no-new-privs", "--"]
+_SETPRIV = "/usr/bin/setpriv"
+_AS_AGENT = ["--reuid", image.AGENT, "--regid", image.AGENT, "--init-groups", "--no-new-privs", "--"]
 _NO_SECRET = base64.urlsafe_b64encode(b'{"sessions_token": "added-by-the-firewall"}').decode()
 _RUNNING = frozenset({SandboxStatus.PENDING, SandboxStatus.RUNNING})
 
@@ -447,9 +447,19 @@ class VercelProvider:
         if self._store is not None:
             await self._store.increment(f"failures:{name}", FAILURES_SECONDS)
 
-    def command(self) -> list[str]:
-        """The arguments of setpriv that start a runner as the agent's user, who can become nobody else."""
-        return [*AS_AGENT, *self._image.command(self._program)]
+    async def begin(self, sandbox: Sandbox) -> Process:
+        """A runner that waits for its job."""
+        arguments = self._image.arguments(program=self._program)
+        return await sandbox.create_process(
+            self._image.python,
+            arguments,
+            cwd="/",
+            env=image.VARIABLES,
+            sudo=True,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=STDOUT,
+        )
 
 
 class VercelSandbox:
@@ -468,9 +478,7 @@ class VercelSandbox:
             with mapped():
                 if launch.files:
                     await self._put(launch.files)
-                process = await self._sandbox.create_process(
-                    SETPRIV, self._provider.command(), cwd="/", sudo=True, stdin=PIPE, stdout=PIPE, stderr=STDOUT
-                )
+                process = await self._provider.begin(self._sandbox)
                 try:
                     await self._tell(process, await self._provider.brief(self._sandbox, launch.stdin))
                     return await read_ready(self._lines(process))
@@ -485,7 +493,7 @@ class VercelSandbox:
         """The end of what the last runner has said. It resumes a sandbox that has stopped."""
         said: list[str] = []
         with mapped():
-            runners = [each for each in await self._sandbox.query_processes() if each.name == SETPRIV]
+            runners = [each for each in await self._sandbox.query_processes() if each.name.startswith(image.ROOT)]
             if runners and (output := max(runners, key=lambda each: each.started_at).stdout) is not None:
                 with anyio.move_on_after(TAIL_SECONDS):
                     while text := await output.readline():
@@ -494,9 +502,9 @@ class VercelSandbox:
 
     async def _put(self, files: Mapping[str, bytes]) -> None:
         """Writes files below the working directory, as the agent's user: nothing of the agent's leads elsewhere."""
-        unpack = [*AS_AGENT, "tar", "-x", "-f", "-", "-C", image.WORKSPACE]
+        unpack = [*_AS_AGENT, "tar", "-x", "-f", "-", "-C", image.WORKSPACE]
         done = await self._sandbox.run_process(
-            SETPRIV, unpack, cwd="/", sudo=True, input=image.tar(files), capture_output=True
+            _SETPRIV, unpack, cwd="/", sudo=True, input=image.tar(files), capture_output=True
         )
         if done.returncode:
             raise LaunchFailed("the session's files could not be written", retriable=False)

@@ -102,6 +102,11 @@ class FakeVercel:
     def fail(self, operation: str, status: int = 0, code: str = "", **options: Any) -> None:
         self._faults.append(Fault(operation, status, code, **options))
 
+    def calm(self) -> None:
+        """Takes back the faults that nobody has met."""
+        self._faults.clear()
+        self.delays.clear()
+
     def count(self, operation: str) -> int:
         return sum(sent.operation == operation for sent in self.requests)
 

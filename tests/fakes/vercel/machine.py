@@ -119,6 +119,12 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    @staticmethod
+    def leave(process: asyncio.subprocess.Process) -> None:
+        """Ends nsenter: it stops itself when its command is stopped, and no machine ends whose dead nobody collects."""
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
     def stop(self) -> None:
         """Switches it off: process 1 is killed, and everything with it."""
         with contextlib.suppress(ProcessLookupError):

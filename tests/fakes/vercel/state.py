@@ -125,6 +125,8 @@ class Session:
             return
         self.status, self.stopped_at = "stopped", now_ms()
         self.sandbox.status_updated_at = now_ms()
+        for command in self.commands.values():
+            self.machine.leave(command.process)
         self.machine.stop()
         self.sandbox.snapshot_id = new_id("snap")
 
