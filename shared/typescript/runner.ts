@@ -130,7 +130,10 @@ export class Runner {
     const isResumed = this.#phase === "claimed";
     this.#phase = "claimed";
     this.#emit(isResumed ? "resumed" : "claimed", { ms: Date.now() - began });
-    const watching = setInterval(() => this.#watch(), Math.min(LONGEST_LOOK_MS, this.#job.maxWaitSeconds * 250 + 50));
+    const watching = setInterval(
+      () => this.#watch(),
+      Math.min(LONGEST_LOOK_MS, Math.min(this.#job.maxIdleSeconds, this.#job.maxWaitSeconds) * 250 + 50),
+    );
     try {
       return await this.#serve();
     } finally {
@@ -257,7 +260,9 @@ export class Runner {
   #watch(): void {
     this.lease.loseIfExpired();
     const waits = this.#log.readings > 0 && this.#guard.running === 0 && this.#log.onlyWaits(this.#owned);
-    if (waits && this.#log.quietSeconds >= this.#job.maxWaitSeconds) this.#patience.abort();
+    const { maxIdleSeconds, maxWaitSeconds } = this.#job;
+    const seconds = this.#log.hasNotBegun ? Math.min(maxIdleSeconds, maxWaitSeconds) : maxWaitSeconds;
+    if (waits && this.#log.quietSeconds >= seconds) this.#patience.abort();
   }
 
   #pause(ms: number): Promise<void> {

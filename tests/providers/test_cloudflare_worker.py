@@ -402,7 +402,16 @@ def test_a_message_after_an_operators_forced_stop_is_served_by_a_new_runner(
     assert seen.results() == [(False, "wrote 1 bytes to a")]
 
 
-def test_a_wait_for_a_person_ends_after_a_while_and_the_verdict_gets_a_runner(emulator: Emulator) -> None:
+def test_a_session_without_a_message_is_not_waited_for(emulator: Emulator, dev: WorkersDev) -> None:
+    seen = start(emulator, write("a", "1"), end())
+    dev.sweep()
+    seen.wait_stopped()
+    emulator.say(seen.session, "go")
+    seen.wait_until(lambda: seen.results() == [(False, "wrote 1 bytes to a")])
+    assert seen.claims() == 2
+
+
+def test_a_held_call_waits_for_its_verdict(emulator: Emulator) -> None:
     seen = ask(emulator, tools(call("write", file_path="a", content="1", permission="ask")), end())
     seen.wait_until(lambda: len(seen.requests("events.stream")) == 1)
     (held,) = emulator.pending_calls(seen.session)

@@ -99,6 +99,15 @@ def test_rows_come_from_both_files(folder: Path) -> None:
     assert [(row.name, row.required) for row in rows] == [("BASE_URL", True), ("KEY", False)]
 
 
+def test_both_cores_declare_a_setting_alike() -> None:
+    """What a host in either language reads under one name means the same, and has the same default."""
+    root, own = sync_shared.ROOT, {"FILES_KEY", "FILES_MAX_MB"}
+    python = {row.name: row for row in settings_tables.rows(root, root / "providers/local")}
+    ours = [row for row in settings_tables.rows(root, root / "providers/cloudflare-worker") if row.name not in own]
+    assert len(ours) >= 10
+    assert [row for row in ours if python[row.name] != row] == []
+
+
 def test_settings_that_are_no_json_say_where(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trees.write(folder / "src/settings.json", "[")
     assert _check(folder) == 1

@@ -1,6 +1,6 @@
 /** The SDK's clients as we use them, and what its errors tell. */
 
-import Anthropic, { APIError, type Middleware } from "@anthropic-ai/sdk";
+import Anthropic, { APIConnectionError, APIError, type Middleware } from "@anthropic-ai/sdk";
 
 /** For one call whose outcome we decide ourselves. */
 export const CALL_TIMEOUT_MS = 10_000;
@@ -13,9 +13,25 @@ export interface ClientOptions {
   readonly middleware?: Middleware[];
 }
 
+/** A proxy's page in the place of an answer: the SDK would hand it on as its text, of a session or of a beat. */
+const refusePages: Middleware = async (request, next) => {
+  const response = await next(request);
+  if (!response.ok || !/^text\/(html|plain)/i.test(response.headers.get("content-type") ?? "")) return response;
+  await response.body?.cancel();
+  throw new APIConnectionError({ message: "a page in the place of an answer" });
+};
+
 /** A client with one credential. It reads nothing from an environment, and its logger is silent: we log ourselves. */
 export function openClient(token: string, baseURL: string, options: ClientOptions): Anthropic {
-  return new Anthropic({ apiKey: null, authToken: token, webhookKey: null, baseURL, logLevel: "off", ...options });
+  return new Anthropic({
+    apiKey: null,
+    authToken: token,
+    webhookKey: null,
+    baseURL,
+    logLevel: "off",
+    ...options,
+    middleware: [...(options.middleware ?? []), refusePages],
+  });
 }
 
 /** The status the API answered with; undefined when it did not answer. */

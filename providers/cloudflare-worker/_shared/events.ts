@@ -87,6 +87,11 @@ export class EventLog {
     return (Date.now() - this.#lastAt) / 1000;
   }
 
+  /** There was no turn yet: a first message is waited for. */
+  get hasNotBegun(): boolean {
+    return this.#turn === "none";
+  }
+
   /** The session is gone, or its last turn has ended and nothing new has come since. */
   get isOver(): boolean {
     return this.#turn === "ended" && !this.#hasNewInput && this.#unprocessed.size === 0;

@@ -121,6 +121,14 @@ describe.skipIf(env.EMULATOR_URL === "")("a session's object", () => {
     expect(await objectOf(id).listFiles()).toBeUndefined();
   });
 
+  it("does not wait for ever for what only somebody else can do", async () => {
+    const { job, id } = await reserved([{ custom: { theirs: {} } }, "end"], { SANDBOX_MAX_WAIT_SECONDS: "0.3" });
+    await start(job);
+    const seen = await until(id, isStopped);
+    expect(seen.events.at(-1)?.type).toBe("session.status_idle"); // the call is still theirs to answer
+    expect(await claims(id)).toBe(1);
+  });
+
   it("stores nothing for a session that nobody started", async () => {
     expect(await objectOf("sesn_nobody").listFiles()).toBeUndefined();
     expect(await objectOf("sesn_nobody").readFile("/workspace/a")).toBeUndefined();
