@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.vercel import FakeVercel
-from tests.providers.vercel_support import SNAPSHOT, VERCEL, make_provider, needs_machines, start_vercel
+from tests.providers.vercel_support import IMAGE, SNAPSHOT, VERCEL, make_provider, needs_machines, start_vercel
 from tests.world import World
 from tools.emulator import Emulator
 
@@ -121,6 +121,22 @@ class TestAcquire:
         await world.host(options={"allowed_hosts": ("*.example.com",)}).provider.acquire(SESSION)  # a later deployment
         assert allowed(sandbox.id) == ["*.example.com", "127.0.0.1"]
         assert fake.sandboxes[sandbox.id].network_policy == fake.sandboxes[sandbox.id].current.network_policy
+
+    async def test_a_sandbox_of_an_older_deployment_gets_the_newer_runner_with_nothing_of_the_agents_alive(
+        self, world: World, fake: FakeVercel
+    ) -> None:
+        provider = world.host(options={"allowed_hosts": None}).provider
+        sandbox = await provider.acquire(SESSION)
+        disk = fake.sandboxes[sandbox.id].disk
+        (disk / IMAGE.program[1:]).parent.rename(disk / "opt/sandboxes/runner-older")
+        left = ["--reuid", "agent", "--regid", "agent", "--clear-groups", "--", "sleep", "600"]
+        await sandbox._sandbox.create_process("/usr/bin/setpriv", left, sudo=True)
+        again = await provider.acquire(SESSION)
+        assert not again.created
+        assert (disk / IMAGE.program[1:]).is_file()
+        await until(lambda: not fake.running_commands(sandbox.id))
+        policies = [json.loads(sent.body) for sent in fake.requests if sent.operation == "policy"]
+        assert policies == [{"mode": "allow-all"}, {"allow": {"127.0.0.1": []}}]  # open to install, closed at the end
 
     async def test_environments_of_one_project_do_not_meet(self, fake: FakeVercel, world: World) -> None:
         ours = world.host().provider
