@@ -17,7 +17,7 @@ import httpx2
 import pytest
 
 from shared import log, runner_secrets
-from shared.errors import JobRefused, LaunchFailed, SettingsError, WebhookRejected
+from shared.errors import LaunchFailed, SettingsError
 from shared.handler import Request, handle
 from shared.provider import SandboxInfo, read_ready
 from shared.runner_secrets import hide, redact
@@ -201,8 +201,7 @@ async def test_a_refused_webhook_shows_no_secret(written: io.StringIO) -> None:
     assert_clean(written.getvalue())
 
 
-@pytest.mark.parametrize("kind", [SettingsError, WebhookRejected, JobRefused])
-def test_settings_that_cannot_be_used_are_not_quoted(kind: type[Exception]) -> None:
+def test_settings_that_cannot_be_used_are_not_quoted() -> None:
     for _, text in TEXTS.values():
         names = ["ANTHROPIC_ENVIRONMENT_KEY", "ANTHROPIC_BASE_URL", "SANDBOX_MAX_LIVE", "SANDBOX_MAX_IDLE_SECONDS"]
         with pytest.raises(SettingsError) as raised:
