@@ -45,6 +45,12 @@ def _dispatcher() -> Dispatcher:
 
 
 @cache
+def _sweeping() -> asyncio.Lock:
+    """Held by this container's sweep."""
+    return asyncio.Lock()
+
+
+@cache
 def _verifier() -> Verifier:
     """This container's, made by its first call. Raises `SettingsError`."""
     log.configure()
@@ -62,8 +68,14 @@ def _verifier() -> Verifier:
 @modal.concurrent(max_inputs=DRAINS_AT_ONCE)
 async def dispatch(sweep: bool = True) -> None:
     """Drains the queue; from the schedule, which passes nothing, sweeps too. There is one container, so one drain: a
-    call that comes during it makes it poll once more (R8)."""
-    await (_dispatcher().sweep() if sweep else _dispatcher().drain())
+    call that comes during it makes it poll once more (R8). And one sweep: one that takes over a minute is not doubled.
+    """
+    dispatcher, sweeping = _dispatcher(), _sweeping()
+    if not sweep or sweeping.locked():
+        await dispatcher.drain()
+        return
+    async with sweeping:
+        await dispatcher.sweep()
 
 
 @app.function(image=sandboxes_image, secrets=[secret], scaledown_window=IDLE_SECONDS)

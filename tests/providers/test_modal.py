@@ -132,7 +132,8 @@ class TestModalContract(ProviderContract):
         await host.dispatcher.drain()
         assert world.emulator.work(other)["state"] == "queued"
         await until(lambda: not self._double.running())
-        await host.dispatcher.sweep()
+        for _ in range(2):  # the first one's drain goes by an older count; its list is what the second one's goes by
+            await host.dispatcher.sweep()
         assert await host.answer(other) == "other"
 
     async def test_a_tool_has_a_package_and_a_secret_that_the_agent_cannot_read(self, world: World) -> None:

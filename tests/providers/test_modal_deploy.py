@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -49,18 +50,20 @@ class Workspace:
             [str(cli), *arguments], cwd=folder, env=environ, capture_output=True, text=True, timeout=PATIENCE_SECONDS
         )
 
-    def create_secret(self, **settings: str) -> None:
-        """As README.md says: the settings in a file, and one line."""
+    def settings(self) -> dict[str, str]:
         emulator = self.emulator
-        ours = {
+        return {
             "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
             "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
             "ANTHROPIC_BASE_URL": emulator.url,
             "ANTHROPIC_WEBHOOK_SIGNING_KEY": emulator.webhook_key,
             "SANDBOX_MAX_IDLE_SECONDS": "1",
         }
+
+    def create_secret(self, **settings: str) -> None:
+        """As README.md says: the settings in a file, and one line."""
         file = self._directory / ".env"
-        file.write_text("".join(f"{name}={value}\n" for name, value in (ours | settings).items()))
+        file.write_text("".join(f"{name}={value}\n" for name, value in (self.settings() | settings).items()))
         done = self.cli("secret", "create", "sandboxes", "--from-dotenv", str(file), "--force")
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -191,6 +194,19 @@ def test_signals_during_a_drain_are_one_more_poll_and_one_container(deployed: Wo
     assert deployed.polls() - polls <= 2 + 6  # a hit for each item, and one empty poll for each signal at most
 
 
+def test_a_sweep_that_takes_longer_than_a_minute_is_not_doubled(deployed: Workspace) -> None:
+    double, emulator = deployed.double, deployed.emulator
+    deployed.double.fire("dispatch")  # its container is there
+    emulator.fault("work.list", "delay", 1, seconds=4.0)
+    lists = [record.operation for record in emulator.requests].count("work.list")
+
+    async def twice() -> None:
+        await asyncio.gather(*(double.control.run_until_done("dispatch") for _ in range(2)))
+
+    double.run(twice())
+    assert [record.operation for record in emulator.requests].count("work.list") == lists + 1
+
+
 def test_a_drain_that_cannot_be_started_is_the_next_sweeps(deployed: Workspace) -> None:
     deployed.double.wire.fail("FunctionMap", Status.RESOURCE_EXHAUSTED, "no room")
     session = deployed.emulator.create_session()
@@ -247,6 +263,29 @@ def test_a_copy_of_the_folder_alone_is_deployed_and_serves(workspace: Workspace,
     workspace.emulator.say(session, "!echo the answer is $((6 * 7))")
     assert workspace.post(*workspace.signed(session)) == 200
     assert workspace.said(session) == "the answer is 42"
+
+
+def test_a_poller_on_a_machine_of_ones_own_serves_too(workspace: Workspace, tmp_path: Path) -> None:
+    """`python -m _shared.worker`: it builds the image by itself, and needs no deployment and no webhook."""
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        poller = subprocess.Popen(
+            [sys.executable, "-m", "_shared.worker"],
+            cwd=MODAL.path,
+            env={"PATH": os.environ["PATH"], **workspace.double.environ, **workspace.settings()},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        session = workspace.emulator.create_session()
+        workspace.emulator.say(session, "!echo polled")
+        assert workspace.said(session) == "polled"
+        poller.terminate()
+        assert poller.wait(PATIENCE_SECONDS) == 0
+    finally:
+        poller.kill()
+        poller.wait()
+        sys.stderr.write(log.read_text())  # pytest shows it when the test fails
 
 
 def test_a_missing_secret_or_setting_is_named(workspace: Workspace) -> None:

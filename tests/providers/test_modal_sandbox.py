@@ -53,6 +53,10 @@ async def test_a_session_has_files_of_its_own_and_sees_no_others(sandboxes: Sand
     assert volume.version == api.VOLUME_FS_VERSION_V2
 
 
+@pytest.mark.skipif(
+    os.geteuid() != 0 and not os.environ.get("CI"),
+    reason="needs root: started by an ordinary user, the double's machine has one user only",
+)
 async def test_the_agent_is_nobody_who_could_reach_the_host_side(sandboxes: Sandboxes) -> None:
     capabilities, parent, files, signal = await sandboxes.run(
         "sesn_1",
@@ -64,8 +68,7 @@ async def test_the_agent_is_nobody_who_could_reach_the_host_side(sandboxes: Sand
         "for p in $(ls /run/sandbox/runs); do kill -9 $p 2>/dev/null && echo killed $p; done; true",
     )
     assert capabilities.count("0000000000000000") == 3
-    if os.geteuid() == 0:  # else the double's machine has one user only
-        assert (parent, files, signal) == ("", "", "")
+    assert (parent, files, signal) == ("", "", "")
 
 
 async def test_files_are_put_in_first_and_nothing_of_the_agents_is_followed(
