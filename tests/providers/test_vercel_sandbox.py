@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.vercel import FakeVercel
+from tests.fakes.vercel.machine import children
 from tests.providers.vercel_support import IMAGE, SNAPSHOT, VERCEL, make_provider, needs_machines, start_vercel
 from tests.world import World
 from tools.emulator import Emulator
@@ -131,10 +132,13 @@ class TestAcquire:
         (disk / IMAGE.program[1:]).parent.rename(disk / "opt/sandboxes/runner-older")
         left = ["--reuid", "agent", "--regid", "agent", "--clear-groups", "--", "sleep", "600"]
         await sandbox._sandbox.create_process("/usr/bin/setpriv", left, sudo=True)
+        (sleep,) = fake.running_commands(sandbox.id)
+        seen: list[bool] = []
+        fake.fail("policy", then=lambda: seen.append(is_alive(children(sleep.process.pid))))
         again = await provider.acquire(SESSION)
+        assert seen == [False]  # before the network was opened
         assert not again.created
         assert (disk / IMAGE.program[1:]).is_file()
-        await until(lambda: not fake.running_commands(sandbox.id))
         policies = [json.loads(sent.body) for sent in fake.requests if sent.operation == "policy"]
         assert policies == [{"mode": "allow-all"}, {"allow": {"127.0.0.1": []}}]  # open to install, closed at the end
 
@@ -350,6 +354,10 @@ class TestInjection:
         policy = fake.sandboxes[sandbox.id].current.network_policy
         assert policy is not None
         assert policy["allow"]["127.0.0.1"] == []
+
+
+def is_alive(pids: list[int]) -> bool:
+    return any(" Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in pids)
 
 
 async def until(true: Any) -> None:
