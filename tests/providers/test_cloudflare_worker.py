@@ -307,10 +307,10 @@ def test_killed_while_a_result_is_on_its_way_it_goes_on_and_runs_nothing_twice(
 ) -> None:
     """The change and its result are one transaction: what was not posted is posted, by another runner's memory."""
     seen = start(emulator, write("a", "1"), tools(call("edit", file_path="a", old_string="1", new_string="11")), end())
-    emulator.fault("events.send", "drop", count=None)
+    emulator.fault("events.send", "drop", count=None, after=1)
     since = len(dev.log)
     emulator.say(seen.session, "go")
-    dev.until_logged('"event":"tool".*"name":"write"', since)
+    dev.until_logged('"event":"tool".*"name":"edit"', since)
     dev.kill()
     emulator.clear_faults()
     dev.start()
