@@ -123,7 +123,8 @@ async def test_sigterm_saves_the_memory_before_the_stop(
 async def test_sigterm_between_two_attempts_to_set_up(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
-    runner = await in_process(emulator, proxy.url, tmp_path, pause_seconds=60)
+    patient = {"SANDBOX_MAX_IDLE_SECONDS": "30"}  # there is no message: it would leave for want of one
+    runner = await in_process(emulator, proxy.url, tmp_path, pause_seconds=60, **patient)
     proxy.answer("session", 500, times=4)
     running = runner.start()
     await eventually(lambda: runner.events("retry"))
