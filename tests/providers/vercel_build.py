@@ -77,7 +77,8 @@ def _python() -> Path:
     """The Python that .python-version asks for; without it the test fails on CI and skips elsewhere."""
     version = (VERCEL.path / ".python-version").read_text().strip()
     found = [Path(path) for path in [shutil.which(f"python{version}")] if path]
-    found += sorted(Path.home().glob(f".pyenv/versions/{version}*/bin/python{version}"))
+    pyenv = [Path.home() / ".pyenv/versions", Path(sys.base_prefix).parent]  # pyenv's: also with another HOME
+    found += [path for root in pyenv for path in sorted(root.glob(f"{version}*/bin/python{version}"))]
     for path in found:  # a shim that is on the path may stand for nothing
         if subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:
             return path
