@@ -248,7 +248,7 @@ class ProviderSchedules:
             scene.bugs += [
                 repr(outcome)
                 for outcome in await asyncio.gather(*working, return_exceptions=True)
-                if isinstance(outcome, Exception)
+                if isinstance(outcome, Exception) and not (lost and isinstance(outcome, TimeoutError))
             ]
             await self.calm(scene)
             emulator.clear_faults()

@@ -321,7 +321,10 @@ class DockerSandbox:
         """What process 1 says of itself; it then waits a while for a `start`. None when it does not answer."""
         async with aclosing(self._engine.execute(self.id, _ENTER, b'{"do": "hold"}\n')) as output:
             async for line in output:
-                return dict(json.loads(line))
+                try:
+                    return dict(json.loads(line))
+                except ValueError:  # the Engine's own words, where it could not start the command any more
+                    return None
         return None
 
 

@@ -160,7 +160,7 @@ def test_the_sweep_finds_what_no_webhook_told(deployed: Workspace) -> None:
 
 
 def test_a_stranger_gets_nothing_and_starts_nothing(deployed: Workspace) -> None:
-    requests, calls = len(deployed.emulator.requests), len(deployed.double.wire.named("FunctionMap"))
+    polls, calls = deployed.polls(), len(deployed.double.wire.named("FunctionMap"))
     body, headers = deployed.signed("sesn_1")
     forged = {**headers, "webhook-signature": "v1,AAAA"}
     stale = {**headers, "webhook-timestamp": "1"}
@@ -168,7 +168,7 @@ def test_a_stranger_gets_nothing_and_starts_nothing(deployed: Workspace) -> None
     assert [deployed.post(body, each) for each in (forged, stale)] == [401, 401]
     assert deployed.post(b"x" * 100_000, headers) == 413
     assert [deployed.post(body, headers, method) for method in ("GET", "PUT", "DELETE")] == [405] * 3
-    assert len(deployed.emulator.requests) == requests
+    assert deployed.polls() == polls
     assert len(deployed.double.wire.named("FunctionMap")) == calls
 
 

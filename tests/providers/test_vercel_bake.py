@@ -64,7 +64,7 @@ def test_what_is_installed_is_what_the_runner_needs_exactly_and_by_hash() -> Non
 
 def test_a_change_of_the_runner_is_another_image_with_the_same_sdk(tmp_path: Path) -> None:
     (tmp_path / "_shared").mkdir()
-    for path in [VERCEL.path / "uv.lock", *(VERCEL.path / "_shared").glob("*.py")]:
+    for path in [VERCEL.path / "uv.lock", VERCEL.path / "start.py", *(VERCEL.path / "_shared").glob("*.py")]:
         (tmp_path / path.relative_to(VERCEL.path)).write_bytes(path.read_bytes())
     (tmp_path / "_shared/runner_job.py").write_text("changed")
     changed = VERCEL.module("image").load(tmp_path)

@@ -219,7 +219,7 @@ def may_wake(request: Hostile) -> bool:
 @pytest.mark.timeout(60 + REQUESTS // 100)
 async def test_no_request_is_answered_with_a_5xx_and_no_stranger_is_let_in(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
-    logging.getLogger("shared.handler").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, logger="shared.handler")
     spellings = (
         "whsec_" + base64.urlsafe_b64encode(KEYS[0]).decode().rstrip("="),
         "whsec_" + base64.b64encode(KEYS[1]).decode(),
