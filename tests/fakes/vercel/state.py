@@ -12,6 +12,7 @@ from typing import Any
 from .machine import CWD, Machine
 
 REGION = "iad1"
+LAST_WORDS_SECONDS = 0.5
 _numbers = itertools.count(1)
 
 
@@ -73,9 +74,11 @@ class Command:
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         async with asyncio.TaskGroup() as pumps:
-            pumps.create_task(self._pump("stdout", self.process.stdout))
-            pumps.create_task(self._pump("stderr", self.process.stderr))
+            out = pumps.create_task(self._pump("stdout", self.process.stdout))
+            err = pumps.create_task(self._pump("stderr", self.process.stderr))
             code = await self.process.wait()
+            # Its own last words come before its end; what a child of its holds open is not waited for.
+            await asyncio.wait([out, err], timeout=LAST_WORDS_SECONDS)
             async with self.changed:
                 self.exit_code = code if code >= 0 else 128 - code
                 self.changed.notify_all()
