@@ -24,7 +24,13 @@ from tests.providers.vercel_support import SNAPSHOT, VERCEL, needs_machines, sta
 from tests.world import RECLAIM_SECONDS
 from tools.emulator import Emulator
 
-pytestmark = [pytest.mark.timeout(INSTALL_SECONDS), needs_machines, needs_redis]  # the first run installs and builds
+pytestmark = [
+    pytest.mark.timeout(INSTALL_SECONDS),  # the first run installs and builds
+    needs_machines,
+    needs_redis,
+    # Instances are frozen and killed here, and what was connected to them may be collected unclosed.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 CRON_SECRET = "a-cron-secret"
 PATIENCE_SECONDS = 40.0

@@ -1,7 +1,7 @@
 """The world behind one lock, and the bell that wakes whoever waits for it to change.
 
 Requests run on the server's event loop, tests on threads of their own; both go through `transact`. Waiters on threads
-use the condition, waiters on the loop an `asyncio.Event` each, so nothing in the emulator polls.
+use the condition, waiters on the loop an `asyncio.Event` each, so no request polls.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .state.narration import Notify
 from .switches import Switches
 
 T = TypeVar("T")
+
+ASK_AGAIN_SECONDS = 0.5  # of a waiting thread, beside every change
 
 
 class Engine:
@@ -67,14 +69,15 @@ class Engine:
     # Waiting on a thread
 
     def wait_until(self, predicate: Callable[[], T], timeout: float) -> T:
-        """The predicate's first true value; TimeoutError after `timeout` seconds of real time."""
+        """The predicate's first true value; TimeoutError after `timeout` seconds of real time. It is asked again at
+        every change, and now and then: what it looks at need not be the state, such as the log of requests."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while not (value := predicate()):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"not true within {timeout} s of real time")
-                self._changed.wait(left)
+                self._changed.wait(min(left, ASK_AGAIN_SECONDS))
             return value
 
     # Waiting on the event loop
