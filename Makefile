@@ -5,10 +5,8 @@
 PYTHON := .venv/bin/python
 VENV := .venv/.made
 PYTEST := $(PYTHON) -m pytest
-# Two workers a core: most tests wait for processes of their own.
-WORKERS := $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN))))
 # On CI a skipped test is a failed one: there, nothing may be missing.
-PARALLEL := -n $(WORKERS) --dist worksteal $(if $(CI),-p tools.fail_on_skip)
+PARALLEL := -n auto --dist worksteal $(if $(CI),-p tools.fail_on_skip)
 
 export UV_PYTHON_DOWNLOADS := never
 # The machine's own certificates, so that what curl and git trust, uv trusts; SSL_CERT_FILE still comes first.
