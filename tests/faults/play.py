@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import secrets
 import shutil
@@ -119,6 +120,7 @@ def _determined(seed: int) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(secrets, "token_hex", lambda size=16: luck.randbytes(size).hex()))
         patches.enter_context(mock.patch.object(AsyncIOBackend, "run_sync_in_worker_thread", threads))
+        patches.enter_context(mock.patch.object(os, "fdatasync", return_value=None))  # no power is cut here
         sdk = logging.getLogger("anthropic")
         level = sdk.level
         sdk.setLevel(logging.CRITICAL)  # it says in words what the product has to cope with

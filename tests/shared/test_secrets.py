@@ -132,6 +132,23 @@ def test_a_short_value_is_not_hidden() -> None:
     assert redact("it is true") == "it is true"
 
 
+@pytest.mark.parametrize("secret", ["narrow-Zq7R", "r1 gap|Zq7 kWx2L", 'a\\nd"Zq7/', "\nZq7RkWx2", "'q7:b\\ 'x"])
+def test_a_secret_that_looks_like_a_break_or_an_escape_is_found(secret: str) -> None:
+    hide(secret)
+    for way, write in leaks.WRITTEN.items():
+        for before in ("", "\\", "n", "a b|"):
+            text = redact(before + write(secret))
+            assert "[redacted]" in text, way
+            assert not any(piece in text for piece in (secret[2:], json.dumps(secret[2:])[1:-1])), way
+
+
+def test_secrets_that_share_a_piece_go_whole() -> None:
+    hide("Zq7RkWx2LmVb")
+    hide("LmVb9TnPs4Gh")
+    assert redact("a Zq7RkWx2LmVb9TnPs4Gh b") == "a [redacted] b"
+    assert redact("a Zq7RkWx2\nLmVb9TnPs4Gh b") == "a [redacted] b"
+
+
 # --- the host's paths ------------------------------------------------------------------------------------------------
 
 

@@ -12,11 +12,14 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from urllib.parse import quote
 
 REDACTED = "[redacted]"
-_SHORTEST = 8  # a shorter value is a word that other texts have too
+_SHORTEST = 8  # a shorter value is a word that other texts have too,
+_SHORTEST_CLOSED = 5  # also when what stands `_BETWEEN` is taken out of it
 _MOST_KNOWN = 32  # a process has a handful
 _BREAK = r"(?:\\+[rn]|[\r\n])[ \t|]*"  # a line's end, as it is or as JSON and repr write it, and an indent
 _CHARACTER = r"(?:[\w.+/=%\-]|\\+/)"  # of a credential, in any of its spellings
@@ -49,41 +52,67 @@ _NAMED = re.compile(
     r"(?i)((?:\bbearer\s+|\bbasic\s+|\b(?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?|\bx-api-key[\"']?\s*[:=]\s*[\"']?"
     r"|[?&;][\w.\-]*(?:sig|token|secret|key|password|credential)[\w.\-]*=)(?:bearer\s+|basic\s+)?)[^\s\"'&#;,]+"
 )
-_known: dict[str, re.Pattern[str] | None] = {}  # with its pattern, once something was to be redacted
+_BETWEEN = re.compile(r"\\+[rn]|[\s\\|]")  # what breaks, indents and escapes put between the characters of a secret
+
+
+@dataclass(frozen=True)
+class _Spellings:
+    """How a secret may be written: as it is, and with all that stands `_BETWEEN` taken out."""
+
+    open: frozenset[str]
+    closed: frozenset[str]
+
+    @classmethod
+    def of(cls, secret: str) -> _Spellings:
+        found = {secret, quote(secret, safe=""), *_in_base64(secret)}
+        # After a backslash that is not its own, a first n or r is taken out too.
+        closed = {re.sub(r"\A[nr]", "", _BETWEEN.sub("", spelling)) for spelling in found}
+        return cls(frozenset(found), frozenset(text for text in closed if len(text) >= _SHORTEST_CLOSED))
+
+
+_known: dict[str, _Spellings] = {}
 
 
 def hide(secret: str | None) -> None:
     """From now on `redact` knows this value as a secret, whatever it looks like. Too short a one it cannot tell from
     ordinary text."""
     if secret and len(secret) >= _SHORTEST and secret not in _known:
-        _known[secret] = None
+        _known[secret] = _Spellings.of(secret)
         while len(_known) > _MOST_KNOWN:
             del _known[next(iter(_known))]
 
 
 def redact(text: str) -> str:
     """`text` without any secret."""
-    for secret, pattern in _known.items():
-        if pattern is None:
-            pattern = _known[secret] = _spellings(secret)
-        text = pattern.sub(REDACTED, text)
-    return _NAMED.sub(rf"\1{REDACTED}", _SHAPES.sub(REDACTED, text))
+    return _NAMED.sub(rf"\1{REDACTED}", _SHAPES.sub(REDACTED, _without_known(text)))
 
 
-def _spellings(secret: str) -> re.Pattern[str]:
-    found = {secret, quote(secret, safe=""), *_in_base64(secret)}
-    gap = f"(?:{_BREAK})*"
-    longest_first = sorted(found, key=lambda text: (-len(text), text))
-    return re.compile("|".join(gap.join(map(_escaped, spelling)) for spelling in longest_first))
+def _without_known(text: str) -> str:
+    """`text` without what `hide` was told. Searched for, not matched: a pattern of all spellings takes 50 ms to make,
+    and every launch brings two new secrets."""
+    found = {place for each in _known.values() for place in _places(text, each.open)}
+    gaps = [gap.span() for gap in _BETWEEN.finditer(text)] if _known else []
+    if gaps:
+        starts, ends = [0, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(text)]
+        kept = [at for start, end in zip(starts, ends, strict=True) for at in range(start, end)]
+        closed = "".join(text[at] for at in kept)
+        places = {place for each in _known.values() for place in _places(closed, each.closed)}
+        found |= {(kept[start], kept[end - 1] + 1) for start, end in places}
+    parts, done = [], 0
+    for start, end in sorted(found):
+        if start >= done:
+            parts += [text[done:start], REDACTED]
+        done = max(done, end)
+    return "".join((*parts, text[done:]))
 
 
-def _escaped(character: str) -> str:
-    """One character of a secret, with what JSON, repr and their like put before it."""
-    if character == "\n":
-        return _BREAK
-    if character == "\\":
-        return r"\\+"
-    return rf"\\*{re.escape(character)}" if character in "\"'/" else re.escape(character)
+def _places(text: str, spellings: frozenset[str]) -> Iterator[tuple[int, int]]:
+    """Where they stand in it, from and to."""
+    for spelling in spellings:
+        start = text.find(spelling)
+        while start >= 0:
+            yield start, start + len(spelling)
+            start = text.find(spelling, start + 1)
 
 
 class RedactingFormatter(logging.Formatter):
