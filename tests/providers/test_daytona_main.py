@@ -168,7 +168,8 @@ def test_a_copy_bakes_its_snapshot_and_serves_a_session_when_a_signed_webhook_ar
         emulator.set_webhook_url(server.webhook_url)
         assert "from the image 42" in say(emulator, "echo $(cat /opt/sandbox_files/hello.txt) $((6 * 7))")
         assert emulator.deliveries[0].is_ok
-        until(lambda: "action=launched" in server.log)  # said once the launch is over; the runner may have answered before
+        # Said once the launch is over; the runner may have answered before.
+        until(lambda: "action=launched" in server.log)
         assert server.end() < TOLD_TO_END_SECONDS
         assert "action=stopped" in server.log
         for secret in (emulator.environment_key, daytona.key, emulator.webhook_key):
