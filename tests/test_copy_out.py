@@ -148,7 +148,7 @@ def _say(emulator: Emulator, command: str) -> str:
 
 
 def _status_of_an_unsigned_webhook(address: str) -> int:
-    connection = http.client.HTTPConnection(address, timeout=10)
+    connection = http.client.HTTPConnection(address, timeout=60)
     with contextlib.closing(connection):
         connection.request("POST", WEBHOOK_PATH, body=b"{}")
         return connection.getresponse().status

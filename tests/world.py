@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tests.folders import Folder
 from tools.emulator import Emulator
 
-PATIENCE_SECONDS = 40.0  # a hung test ends here; nothing waits this long when it works
+PATIENCE_SECONDS = 60.0  # a hung test ends here; nothing waits this long when it works
 RECLAIM_SECONDS = 121.0  # past the dispatcher's window: an un-acked item is offered again
 LAPSE_SECONDS = 361.0  # past the lease and the server's sweeper
 HEALABLE_SECONDS = 61.0  # past the wait before a stopped item is looked at

@@ -143,7 +143,7 @@ def test_a_wait_is_woken_by_a_change(emulator: Emulator, admin: AdminClient) -> 
     session_id = admin.create_session()
     thread = threading.Thread(target=lambda: emulator.stop_work(session_id))
     thread.start()
-    admin.wait_for(session_id, "stopped", timeout=10)
+    admin.wait_for(session_id, "stopped", timeout=60)
     thread.join()
 
 

@@ -65,7 +65,7 @@ def test_a_waiter_is_woken_by_a_change_of_another_thread() -> None:
 
     thread = threading.Thread(target=speak)
     thread.start()
-    assert emulator.wait_until(is_done, timeout=5) is True
+    assert emulator.wait_until(is_done, timeout=60) is True
     thread.join()
 
 

@@ -136,7 +136,7 @@ def test_a_sleeping_script_goes_on_by_itself() -> None:
     with Emulator() as emulator:
         session_id = scripted(emulator, sleep(0.05), say("awake"), end())
         emulator.say(session_id, "go")
-        emulator.wait_idle(session_id, timeout=3)
+        emulator.wait_idle(session_id, timeout=60)
         assert said(emulator, session_id) == ["awake"]
 
 

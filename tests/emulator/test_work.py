@@ -280,7 +280,7 @@ def test_a_lease_lapses_without_anybody_asking() -> None:
         session_id = bring_to(emulator, api, "active")
         api.close()
         item = emulator._world.queue(emulator.environment_id).get(session_id)
-        emulator.wait_until(lambda: item.state == "stopped", timeout=3)
+        emulator.wait_until(lambda: item.state == "stopped", timeout=60)
 
 
 # Stop

@@ -43,7 +43,7 @@ KEY = "dtn_double"
 _BUBBLEWRAP = load_folder("local").module("bubblewrap")
 _UPLOADED = web.RequestKey("uploaded", bytes)
 _MEMORY_BYTES = 512 << 20
-_PATIENCE_SECONDS = 20.0
+_PATIENCE_SECONDS = 60.0
 _LOOK_SECONDS = 0.05
 
 Kind = Literal["fail", "drop", "lose", "hang", "stale"]

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_START_SECONDS = 10.0
+_PATIENCE_SECONDS = 60.0
 
 
 class Server(uvicorn.Server):
@@ -23,20 +23,26 @@ class Server(uvicorn.Server):
         self._leave = asyncio.Event()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._thread = threading.Thread(target=self.run, args=([self._socket],), daemon=True)
+        self._thread = threading.Thread(target=self._serve_until_stopped, daemon=True)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.loop: asyncio.AbstractEventLoop
 
     def start(self) -> None:
         self._thread.start()
-        if not self._ready.wait(_START_SECONDS):
+        if not self._ready.wait(_PATIENCE_SECONDS) or not self.started:
             raise RuntimeError("the server did not start; see the traceback of its thread")
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self._leave.set)
-        self._thread.join(_START_SECONDS)
+        self._thread.join(_PATIENCE_SECONDS)
         if self._thread.is_alive():
             raise RuntimeError("the server did not stop")
+
+    def _serve_until_stopped(self) -> None:
+        try:
+            self.run([self._socket])
+        finally:
+            self._ready.set()
 
     def hang_up(self, request: Request) -> None:
         """Ends the connection of this request without an answer."""

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from tests.fakes.server import Server
 
 TOKEN = "upstash-token-of-the-double"
-_START_SECONDS = 10.0
+_START_SECONDS = 60.0
 
 
 def missing() -> str | None:

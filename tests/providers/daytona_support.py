@@ -17,7 +17,7 @@ from tests.folders import load_folder
 FOLDER = load_folder("daytona")
 SNAPSHOT = "baked"
 ENVIRONMENT = "env_test"
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 @contextmanager

@@ -31,7 +31,7 @@ FOLDER = ROOT / "providers/docker"
 DOCKER = load_folder("docker")
 ENGINE_URL = "unix:///var/run/docker.sock"
 STAND_IN = Path(__file__).with_name("local_runner.py")
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 T = TypeVar("T")
 TOOLS_FILE = "/opt/tools/my_tools.py"
 

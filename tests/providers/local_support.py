@@ -18,7 +18,7 @@ from tests.folders import load_folder
 
 LOCAL = load_folder("local")
 RUNNER = Path(__file__).with_name("local_runner.py")
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 PROBLEM = LOCAL.module("bubblewrap").problem(sys.executable)
 
 # On CI nothing may be skipped: there the tests run, and fail with the reason.

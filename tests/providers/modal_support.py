@@ -20,7 +20,7 @@ from tests.folders import load_folder
 
 MODAL = load_folder("modal")
 INSIDE = "/opt/sandbox"
-PATIENCE_SECONDS = 40.0
+PATIENCE_SECONDS = 60.0
 
 # On CI nothing may be skipped: there the tests run, and fail with the reason.
 needs_bubblewrap = pytest.mark.skipif(problem() is not None and not os.environ.get("CI"), reason=str(problem()))

@@ -87,7 +87,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}/webhook"
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             connection.request(method, path, headers=headers)
             response = connection.getresponse()
             return response.status, response.read().decode()

@@ -73,7 +73,7 @@ class Server:
         return self._log.read_text(encoding="utf-8")
 
     def ask(self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b"") -> int:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             connection.request(method, path, body, headers or {})
             return connection.getresponse().status
 

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 CRON_SECRET = "a-cron-secret"
-PATIENCE_SECONDS = 40.0
+PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tools.emulator.webhooks import signing_key
 
 FUNCTION, MAIN, STORE = (VERCEL.module(name) for name in ("function", "main", "store"))
 CRON_SECRET, STATUS_KEY = "a-cron-secret", "a-status-key"
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 
 
 class Instance:

@@ -196,7 +196,7 @@ class Platform:
             "x-vercel-internal-deadline": deadline.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         }
         url = f"http://127.0.0.1:{self.instances[0].port}{request.url.path}"
-        async with httpx.AsyncClient(timeout=30.0) as client:
+        async with httpx.AsyncClient(timeout=60.0) as client:
             reply = await client.request(request.method, url, content=await request.body(), headers=headers)
         shown = {name: value for name, value in reply.headers.items() if name not in _NOT_OURS}
         return Response(reply.content, reply.status_code, shown)

@@ -19,7 +19,7 @@ from tests.shared.support import FakeProvider, Gate, count, failed, polls, until
 from tools.emulator import Emulator
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 60.0
 SHORT = (0.01, 0.02)
 
 
