@@ -7,7 +7,8 @@
 
 import type Anthropic from "@anthropic-ai/sdk";
 import { apiError, errorLabel, isStatus } from "./api.ts";
-import { type Call, type EventLog, errorResult, OWNED_TOOLS, type ResultEvent, readLog, recentLog } from "./events.ts";
+import { type Call, type EventLog, errorResult, isOurs, type ResultEvent, readLog, recentLog } from "./events.ts";
+import type { Journal } from "./guard.ts";
 import type { Lease } from "./lease.ts";
 import type { Emit } from "./log.ts";
 
@@ -27,16 +28,17 @@ export class Answers {
     this.#emit = emit;
   }
 
-  /** Reads the log and answers what an interrupt left open before us. */
-  async settlePredecessors(log: EventLog, owned: ReadonlySet<string>): Promise<void> {
+  /** Reads the log and answers what an interrupt left open before us: calls of ours, and those that were begun here. */
+  async settlePredecessors(log: EventLog, customTools: ReadonlySet<string>, journal: Journal): Promise<void> {
     try {
       await readLog(this.#api, this.#sessionId, log);
     } catch (error) {
       this.#emit("retry", { error: errorLabel(apiError(error)), attempt: 0 });
       return;
     }
-    const ended = [...log.interrupted.values()].filter((call) => !log.answered.has(call.id) && owned.has(call.name));
-    await this.send(ended.map((call) => errorResult(call, INTERRUPTED_BEFORE)));
+    const ended = [...log.interrupted.values()].filter((call) => !log.answered.has(call.id));
+    const ours = ended.filter((call) => journal.find(call.id) !== undefined || isOurs(call, customTools));
+    await this.send(ours.map((call) => errorResult(call, INTERRUPTED_BEFORE)));
   }
 
   /**
@@ -59,9 +61,9 @@ export class Answers {
     }
   }
 
-  /** The session cannot be set up here: its agent is told why. Only calls of the toolset are answered. */
-  async refuseAll(log: EventLog, reason: string): Promise<void> {
-    const ours = [...log.open.values()].filter((call) => OWNED_TOOLS.has(call.name) && !call.isCustom);
+  /** The session cannot be set up here: its agent is told why, by answers to the calls of ours. */
+  async refuseAll(log: EventLog, customTools: ReadonlySet<string>, reason: string): Promise<void> {
+    const ours = [...log.open.values()].filter((call) => isOurs(call, customTools));
     await this.send(ours.map((call) => errorResult(call, reason)));
   }
 

@@ -14,6 +14,7 @@ import { Healer } from "./healing.ts";
 import { type Job, jobFrom } from "./jobs.ts";
 import { errorName, log } from "./log.ts";
 import type { Settings } from "./settings.ts";
+import type { WebhookEvent } from "./webhook.ts";
 
 export const RECLAIM_MS = 120_000;
 const LAUNCH_MS = 90_000; // from hand-out; below RECLAIM_MS, so that an item is never launched twice at once
@@ -24,11 +25,29 @@ const LONGEST_PAUSE_MS = 8_000;
 const TIMEOUT_MS = 30_000;
 const HEALTHCHECKS = new Set(["healthcheck", "health_check"]);
 
+/** What a runner finds in its working directory: path relative to it -> content. */
+export type LaunchFiles = ReadonlyMap<string, Uint8Array>;
+
 /** The compute side. */
 export interface Provider {
   readonly name: string;
-  /** Has the session's sandbox start a runner with this job. Idempotent. Throws `LaunchFailed`. */
-  launch(job: Job): Promise<{ sandbox: string; outcome: "ready" | "served_already" }>;
+  /** Has the session's sandbox take the files and start a runner with this job. Idempotent. Throws `LaunchFailed`. */
+  launch(job: Job, files: LaunchFiles): Promise<{ sandbox: string; outcome: "ready" | "served_already" }>;
+}
+
+/** What a dispatcher is made of. */
+export interface DispatcherParts {
+  readonly settings: Settings;
+  readonly provider: Provider;
+  readonly live: LiveSessions;
+  /** One a process, as the API documents it. */
+  readonly workerId: string;
+  /** The names of the custom tools that a runner here answers, for healing. */
+  readonly ownTools?: ReadonlySet<string>;
+  /** Brings files for a session (R12). Never throws for what cannot be had. */
+  readonly stage?: (job: Job, client: Anthropic) => Promise<LaunchFiles>;
+  /** Other times than a real host has, for tests. */
+  readonly timing?: { readonly launchMs?: number; readonly firstPauseMs?: number };
 }
 
 /** The sessions whose sandboxes run, as far as this host knows; kept where it survives the host. */
@@ -46,13 +65,15 @@ export class Dispatcher {
   readonly #provider: Provider;
   readonly #live: LiveSessions;
   readonly #healer: Healer;
-  readonly #workerId: string;
+  readonly #parts: DispatcherParts;
+  readonly #launchMs: number;
+  readonly #firstPauseMs: number;
   #isSignalled = false;
   #draining: Promise<void> | undefined;
   readonly #launches = new Map<string, Promise<void>>(); // by session: one at a time for each
   #isFull = false;
 
-  constructor(parts: { settings: Settings; provider: Provider; live: LiveSessions; workerId: string }) {
+  constructor(parts: DispatcherParts) {
     const { settings } = parts;
     this.#client = openClient(settings.environmentKey, settings.baseUrl, {
       maxRetries: MAX_RETRIES,
@@ -61,8 +82,10 @@ export class Dispatcher {
     this.#settings = settings;
     this.#provider = parts.provider;
     this.#live = parts.live;
-    this.#workerId = parts.workerId;
-    this.#healer = new Healer(this.#client, settings.environmentId);
+    this.#parts = parts;
+    this.#launchMs = parts.timing?.launchMs ?? LAUNCH_MS;
+    this.#firstPauseMs = parts.timing?.firstPauseMs ?? FIRST_PAUSE_MS;
+    this.#healer = new Healer(this.#client, settings.environmentId, parts.ownTools);
   }
 
   /** Says that there may be work, and returns at once. A signal during a drain makes it poll once more. */
@@ -74,6 +97,11 @@ export class Dispatcher {
         this.#draining = undefined;
         if (this.#isSignalled) this.wake(); // it came after the last poll
       });
+  }
+
+  /** Takes a webhook that tells of no work, but of a session that may be stranded: the next sweeps look at it first (R9). */
+  suspect(event: Pick<WebhookEvent, "sessionId">): void {
+    this.#healer.hint(event.sessionId);
   }
 
   /** Polls until the queue is empty and waits for the launches that came of it. */
@@ -118,11 +146,11 @@ export class Dispatcher {
   /** The next item, or undefined when the queue is empty or will not answer now; the sweep comes back to it. */
   async #poll(): Promise<BetaSelfHostedWork | undefined> {
     for (let attempt = 1; attempt <= POLL_ATTEMPTS; attempt += 1) {
-      if (attempt > 1) await pause(attempt - 1);
+      if (attempt > 1) await this.#pause(attempt - 1);
       try {
         const item: unknown = await this.#client.beta.environments.work.poll(
           this.#settings.environmentId,
-          { reclaim_older_than_ms: RECLAIM_MS, "Anthropic-Worker-ID": this.#workerId },
+          { reclaim_older_than_ms: RECLAIM_MS, "Anthropic-Worker-ID": this.#parts.workerId },
           { maxRetries: 0 },
         );
         return isItem(item) ? item : undefined;
@@ -190,10 +218,12 @@ export class Dispatcher {
       return;
     }
     const names = { provider: this.#provider.name, session: job.sessionId, work: job.workId };
+    const staging = this.#settings.stageFiles ? this.#parts.stage?.(job, this.#client) : undefined;
     for (let attempt = 1; ; attempt += 1) {
       try {
-        const left = began + LAUNCH_MS - Date.now();
-        const { sandbox, outcome } = await within(left, this.#provider.launch(job));
+        const left = began + this.#launchMs - Date.now();
+        const files = (await staging) ?? new Map();
+        const { sandbox, outcome } = await within(left, this.#provider.launch(job, files));
         this.#live.add(job.sessionId);
         const action = outcome === "ready" ? "launched" : "served_already";
         log.info(action, { ...names, sandbox, attempt, ms: Date.now() - began });
@@ -203,8 +233,13 @@ export class Dispatcher {
         log.warning("launch_failed", { ...names, attempt, ms: Date.now() - began, reason: error.message });
         if (!error.retriable) return;
       }
-      await pause(attempt);
+      await this.#pause(attempt);
     }
+  }
+
+  #pause(attempt: number): Promise<void> {
+    const ms = Math.min(this.#firstPauseMs * 2 ** (attempt - 1), LONGEST_PAUSE_MS);
+    return new Promise((resolve) => setTimeout(resolve, ms));
   }
 
   /** The queue also sends items to see that a worker answers. The SDK's worker stops them too. */
@@ -240,11 +275,6 @@ async function within<T>(ms: number, work: Promise<T>): Promise<T> {
   } finally {
     clearTimeout(timer);
   }
-}
-
-function pause(attempt: number): Promise<void> {
-  const ms = Math.min(FIRST_PAUSE_MS * 2 ** (attempt - 1), LONGEST_PAUSE_MS);
-  return new Promise((resolve) => setTimeout(resolve, ms));
 }
 
 /** A mistake of ours is logged with its message and place, redacted like everything else. */

@@ -35,3 +35,8 @@ export class NotOurs extends Error {
 export class SetupFailed extends Error {
   override name = "SetupFailed";
 }
+
+/** A file could not be had from the internet. The message tells the agent why, and never the address. */
+export class FetchRefused extends Error {
+  override name = "FetchRefused";
+}

@@ -27,6 +27,11 @@ export interface Call {
   readonly isCustom: boolean;
 }
 
+/** Whether a call is a runner's, where `customTools` are the names of its own. */
+export function isOurs(call: Call, customTools: ReadonlySet<string>): boolean {
+  return (call.isCustom ? customTools : OWNED_TOOLS).has(call.name);
+}
+
 /** The event that answers a call that did not run to its end. */
 export function errorResult(call: Pick<Call, "id" | "isCustom">, text: string): ResultEvent {
   const content = [{ type: "text" as const, text }];
@@ -95,6 +100,11 @@ export class EventLog {
   /** The session is gone, or its last turn has ended and nothing new has come since. */
   get isOver(): boolean {
     return this.#turn === "ended" && !this.#hasNewInput && this.#unprocessed.size === 0;
+  }
+
+  /** What the session's own last word was, and which calls it waits for. */
+  get waitsFor(): string {
+    return [this.#turn, ...[...this.#awaited].sort()].join(" ");
   }
 
   /**

@@ -12,12 +12,17 @@ import type { Verifier, WebhookEvent } from "./webhook.ts";
 export const MAX_BODY_BYTES = 64 * 1024; // a webhook is thin; a real one has a few hundred bytes
 const SIGNATURE_HEADERS = ["webhook-id", "webhook-timestamp", "webhook-signature"];
 const WAKING = new Set(["session.status_run_started"]);
+const SUSPICIOUS = new Set(["session.status_idled"]); // a session that waits for a call is idle, too
 
-/** Answers one request to the webhook URL. `wake` must return at once: it starts a drain and does not wait. */
+/**
+ * Answers one request to the webhook URL. `wake` must return at once: it starts a drain and does not wait. `suspect` is told
+ * which sessions healing may look at first.
+ */
 export async function handle(
   request: Request,
   verifier: Verifier,
   wake: (event: WebhookEvent) => void,
+  suspect?: (event: WebhookEvent) => void,
 ): Promise<Response> {
   if (request.method !== "POST") return refuse(405, "only POST is answered here", { allow: "POST" });
   if (SIGNATURE_HEADERS.some((name) => !request.headers.get(name))) {
@@ -31,6 +36,10 @@ export async function handle(
   } catch (error) {
     if (error instanceof WebhookRejected) return refuse(401, error.message);
     throw error;
+  }
+  if (SUSPICIOUS.has(event.type) && suspect !== undefined) {
+    suspect(event);
+    return reply(200, { ok: true });
   }
   if (!WAKING.has(event.type)) return reply(200, { ok: true, ignored: event.type });
   log.info("webhook", { session: event.sessionId });

@@ -237,7 +237,7 @@ export class Lease {
 }
 
 /** `error.details.current_state` of a 412, as far as it is there. */
-function leaseState(error: APIError): LeaseState {
+export function leaseState(error: APIError): LeaseState {
   let node: unknown = error.error;
   for (const key of ["error", "details", "current_state"]) node = record(node)[key];
   const { state, last_heartbeat: last } = record(node);

@@ -1,8 +1,10 @@
 /**
- * Log lines: key=value with a fixed set of keys for hosts, one JSON object a line for runners; secrets taken out of both.
+ * Log lines: key=value with a fixed set of keys for hosts, one JSON object a line for runners; no secret in either (secrets.ts).
  *
  * A vendor's error is logged by its name (`error=`), never by its text: the text can embed requests and tokens.
  */
+
+import { patternOf, redact } from "./secrets.ts";
 
 const KEYS = ["action", "provider", "session", "work", "sandbox", "attempt", "ms", "error", "reason"] as const;
 
@@ -11,13 +13,6 @@ export type LogValues = Partial<Record<Exclude<(typeof KEYS)[number], "action">,
 
 // Printable ASCII without space, quote and equals sign: ends no line, moves no cursor.
 const PLAIN = /^[!#-<>-~]+$/;
-// API, environment and sessions keys; webhook keys; base64 of a JSON object (a work item's secret, a JWT); bearers.
-const SECRETS = /sk-ant-[\w.-]+|whsec_[\w+/=-]+|\beyJ[\w+/=-]{20,}(?:\.[\w-]+)*|(?<=bearer )\S+/gi;
-
-/** `text` without anything that has the shape of one of our credentials. */
-export function redact(text: string): string {
-  return text.replace(SECRETS, "[redacted]");
-}
 
 /** One log line: `action=launched session=sesn_1 ms=812`. */
 export function line(action: string, values: LogValues = {}): string {
@@ -35,27 +30,29 @@ export function errorName(error: unknown): string {
 }
 
 function shown(value: unknown): string {
-  const text = value instanceof Error ? errorName(value) : String(value);
+  const text = value instanceof Error ? errorName(value) : redact(String(value));
   return PLAIN.test(text) ? text : JSON.stringify(text);
 }
 
 /** Where the lines go: the console, whose level the platform shows. */
 export const log = {
   info(action: string, values?: LogValues): void {
-    console.info(redact(line(action, values)));
+    console.info(line(action, values));
   },
   warning(action: string, values?: LogValues): void {
-    console.warn(redact(line(action, values)));
+    console.warn(line(action, values));
   },
   error(action: string, values?: LogValues): void {
-    console.error(redact(line(action, values)));
+    console.error(line(action, values));
   },
 };
 
 /** One line of a runner: ready, claimed, tool, retry, handover, exit. */
 export type Emit = (event: string, values?: Record<string, string | number | boolean>) => void;
 
-/** A runner's lines, each naming its session: many runners share one log. */
-export function runnerLog(session: string): Emit {
-  return (event, values) => console.info(redact(JSON.stringify({ event, session, ...values })));
+/** A runner's lines, each naming its session: many runners share one log. None shows `token`, whatever it looks like. */
+export function runnerLog(session: string, token = ""): Emit {
+  const own = patternOf(token);
+  const clean = (_: string, value: unknown): unknown => (typeof value === "string" ? redact(value, own) : value);
+  return (event, values) => console.info(JSON.stringify({ event, session, ...values }, clean));
 }

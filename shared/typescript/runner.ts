@@ -59,18 +59,22 @@ export class Runner {
   readonly #wasTried: boolean;
   readonly #log = new EventLog();
   readonly #leaving = new AbortController();
-  readonly #patience = new AbortController();
   readonly #over = new AbortController();
   readonly #client: Anthropic;
   readonly #api: Anthropic;
   readonly #answers: Answers;
   readonly #guard: Guard;
   readonly #journal: Journal;
+  readonly #customTools: ReadonlySet<string>;
   readonly #owned: ReadonlySet<string>;
   readonly #heldBack: ResultEvent[] = [];
   /** Aborted when the SDK's runner of this pass ends. */
   #passOver: AbortSignal = new AbortController().signal;
   #phase: "loading" | "claimed" | "leaving" = "loading";
+  #isSetUp = false;
+  /** Aborted once nothing has happened for long in a session that only waits; and for what it waited then. */
+  #patience = new AbortController();
+  #waitedFor = "";
 
   constructor(job: Job, store: RunnerStore, hands: Hands, emit: Emit) {
     const record = store.lease();
@@ -89,7 +93,8 @@ export class Runner {
       signal: this.#over.signal,
       emit,
     });
-    this.#owned = new Set([...OWNED_TOOLS, ...hands.customTools.map((tool) => tool.name)]);
+    this.#customTools = new Set(hands.customTools.map((tool) => tool.name));
+    this.#owned = new Set([...OWNED_TOOLS, ...this.#customTools]);
     const options = { maxRetries: MAX_RETRIES, timeout: TIMEOUT_MS };
     this.#api = openClient(job.token, job.baseUrl, options);
     const heard = hearing({
@@ -142,7 +147,7 @@ export class Runner {
   }
 
   async #serve(): Promise<Exit> {
-    await this.#answers.settlePredecessors(this.#log, this.#owned);
+    await this.#answers.settlePredecessors(this.#log, this.#customTools, this.#journal);
     let failures = 0;
     while (!this.#over.signal.aborted) {
       const began = Date.now();
@@ -152,10 +157,16 @@ export class Runner {
       await this.#hands.sync(true);
       if ((await this.#hasNothingToDo()) && (await this.lease.stop())) break;
       this.#phase = "claimed";
-      if (this.#patience.signal.aborted) this.#log.touch(); // it turned out not to wait, or could not be left
-      const isLong = Date.now() - began >= Math.max(this.#job.maxIdleSeconds * 1000, SETUP_PAUSE_MS);
-      if (isLong) failures = 0;
-      if (isLong && failure === undefined) continue; // new input came between the idle decision and the stop
+      if (this.#patience.signal.aborted) {
+        this.#patience = new AbortController(); // it turned out not to wait, or could not be left
+        this.#log.touch();
+        continue;
+      }
+      // The SDK returns for idleness no sooner than this; sooner, it had trouble, and need not have thrown.
+      if (this.#isSetUp && Date.now() - began >= Math.max(this.#job.maxIdleSeconds * 1000, SETUP_PAUSE_MS)) {
+        failures = 0;
+        if (failure === undefined) continue; // new input came between the idle decision and the stop
+      }
       failure ??= "EndedEarly";
       failures += 1;
       this.#emit("retry", { error: failure, attempt: failures });
@@ -173,8 +184,10 @@ export class Runner {
       ...this.#hands.tools.map((tool) => this.#guard.own(tool)),
       ...this.#hands.customTools.map((tool) => this.#guard.custom(tool)),
     ];
+    this.#isSetUp = false;
     try {
       await this.#hands.setUp(await this.#api.beta.sessions.retrieve(this.#job.sessionId), this.#api);
+      this.#isSetUp = true;
       const pass = new AbortController();
       abortWith(pass, this.#over.signal, this.#patience.signal);
       const maxIdleMs = Math.max(1, this.#job.maxIdleSeconds * 1000); // 0 would mean "for ever" to the SDK
@@ -198,7 +211,9 @@ export class Runner {
   async #hasNothingToDo(): Promise<boolean> {
     try {
       if (await turnIsOver(this.#api, this.#job.sessionId, this.#log.interrupted)) return true;
-      return this.#patience.signal.aborted && (await readLog(this.#api, this.#job.sessionId)).onlyWaits(this.#owned);
+      if (!this.#patience.signal.aborted) return false;
+      const log = await readLog(this.#api, this.#job.sessionId);
+      return log.onlyWaits(this.#owned) && log.waitsFor === this.#waitedFor;
     } catch (error) {
       apiError(error);
       return false;
@@ -231,6 +246,7 @@ export class Runner {
     if (!(await this.lease.stop())) return false;
     await this.#answers.refuseAll(
       log,
+      this.#customTools,
       `the sandbox could not be set up for this session (${failure}); nothing was run`,
     );
     return true;
@@ -262,7 +278,10 @@ export class Runner {
     const waits = this.#log.readings > 0 && this.#guard.running === 0 && this.#log.onlyWaits(this.#owned);
     const { maxIdleSeconds, maxWaitSeconds } = this.#job;
     const seconds = this.#log.hasNotBegun ? Math.min(maxIdleSeconds, maxWaitSeconds) : maxWaitSeconds;
-    if (waits && this.#log.quietSeconds >= seconds) this.#patience.abort();
+    if (waits && this.#log.quietSeconds >= seconds && !this.#patience.signal.aborted) {
+      this.#waitedFor = this.#log.waitsFor;
+      this.#patience.abort();
+    }
   }
 
   #pause(ms: number): Promise<void> {

@@ -12,6 +12,7 @@ import { type Lease, REFUSED } from "./lease.ts";
 /** Longer than a beat and its answer: a runner that beats has beaten by then. */
 export const SETTLE_MS = 40_000;
 const SETTLE_ATTEMPTS = 3;
+const PAUSE_MS = 2_000;
 
 /**
  * Returns once the lease is ours, or the server wants the item stopped (`lease.end`). `wasTried` when a runner before this
@@ -56,6 +57,7 @@ async function settleUnknownClaim(lease: Lease, signal: AbortSignal, settleMs: n
     }
     if ((await lease.beat()) || lease.end === "stopping") return;
     if (lease.end === "lost") throw new NotOurs("the claim was not answered, and the item is not ours");
+    await new Promise((resolve) => setTimeout(resolve, Math.min(PAUSE_MS, settleMs)));
   }
   throw new NotOurs("the claim was not answered");
 }

@@ -7,6 +7,7 @@
 
 import { SettingsError } from "./errors.ts";
 import { log } from "./log.ts";
+import { hide } from "./secrets.ts";
 import declared from "./settings.json";
 
 /** One setting, as settings.json declares it. Without a default it is required; an empty default means "unset". */
@@ -34,12 +35,23 @@ const PROBLEMS: Record<string, (value: string) => string | undefined> = {
     TRUE.has(value.toLowerCase()) || FALSE.has(value.toLowerCase()) ? undefined : "expected true or false",
   count: (value) => (/^\d+$/.test(value) && Number(value) >= 1 ? undefined : "expected 1 or more"),
   seconds: (value) => (Number(value) >= 0 && Number(value) < Infinity ? undefined : "expected 0 or more seconds"),
+  names: (value) =>
+    splitNames(value).every((name) => /^[\w.-]{1,128}$/.test(name))
+      ? undefined
+      : "expected names with commas between them",
   url: (value) => (isUrl(value) ? undefined : "expected a URL that starts with https:// or http://"),
 };
 
+function splitNames(value: string): string[] {
+  return value
+    .split(",")
+    .map((name) => name.trim())
+    .filter((name) => name !== "");
+}
+
 function isUrl(value: string): boolean {
   const url = URL.parse(value);
-  return url !== null && ["http:", "https:"].includes(url.protocol) && url.hostname !== "";
+  return url !== null && ["http:", "https:"].includes(url.protocol) && url.hostname !== "" && url.port !== "0";
 }
 
 /** Settings that were read, by name. */
@@ -58,14 +70,18 @@ export class Values {
     return Number(this.text(name));
   }
 
+  names(name: string): readonly string[] {
+    return splitNames(this.text(name));
+  }
+
   flag(name: string): boolean {
     return TRUE.has(this.text(name).toLowerCase());
   }
 }
 
 /**
- * Reads what `declarations` name from `environ`. An empty value counts as unset. Throws `SettingsError` naming every
- * missing and every unusable setting beside the problems the caller has found.
+ * Reads what `declarations` name from `environ`. An empty value counts as unset; what is read as a secret no log line shows.
+ * Throws `SettingsError` naming every missing and every unusable setting beside the problems the caller has found.
  */
 export function load(declarations: readonly Declaration[], environ: Environ, known: readonly string[] = []): Values {
   const values = new Map<string, string>();
@@ -76,6 +92,7 @@ export function load(declarations: readonly Declaration[], environ: Environ, kno
       problems.push(`${setting.name} is not set: ${setting.help}`);
       continue;
     }
+    if (setting.secret) hide(value);
     const problem = value === "" ? undefined : PROBLEMS[setting.kind]?.(value);
     if (problem !== undefined) problems.push(`${setting.name} is unusable: ${problem}`);
     values.set(setting.name, value);
@@ -110,6 +127,7 @@ export interface Settings {
   readonly maxIdleSeconds: number;
   readonly maxWaitSeconds: number;
   readonly retentionSeconds: number;
+  readonly stageFiles: boolean;
 }
 
 /**
@@ -135,5 +153,6 @@ export function readSettings(environ: Environ): Settings {
     maxIdleSeconds: values.number("SANDBOX_MAX_IDLE_SECONDS"),
     maxWaitSeconds: values.number("SANDBOX_MAX_WAIT_SECONDS"),
     retentionSeconds: values.number("SANDBOX_RETENTION_SECONDS"),
+    stageFiles: values.flag("SANDBOX_STAGE_FILES"),
   };
 }

@@ -4,9 +4,12 @@
  */
 
 import { DurableObject } from "cloudflare:workers";
-import { Dispatcher, type LiveSessions, type Provider } from "../_shared/dispatcher.ts";
+import { Dispatcher, type LaunchFiles, type LiveSessions, type Provider } from "../_shared/dispatcher.ts";
 import { LaunchFailed } from "../_shared/errors.ts";
 import type { Job } from "../_shared/jobs.ts";
+import { stage } from "../_shared/staging.ts";
+import { customTools } from "./custom_tools.ts";
+import { Files } from "./files.ts";
 import type { SessionObject } from "./session_object.ts";
 import { type FolderSettings, readAll } from "./settings.ts";
 
@@ -23,6 +26,11 @@ export class DispatcherObject extends DurableObject<Env> {
   /** There may be work. Returns at once; the drain goes on in the object. Throws `SettingsError`. */
   wake(): void {
     this.#core().wake();
+  }
+
+  /** A webhook has named the session: the next sweeps look at it first. Throws `SettingsError`. */
+  suspect(sessionId: string): void {
+    this.#core().suspect({ sessionId });
   }
 
   /** Drains, heals and cleans up. Throws `SettingsError`. */
@@ -45,7 +53,9 @@ export class DispatcherObject extends DurableObject<Env> {
     if (this.#dispatcher === undefined) {
       const settings = readAll(this.env);
       const provider = new ObjectProvider(this.env.SESSIONS, settings);
-      this.#dispatcher = new Dispatcher({ settings, provider, live: this.#live, workerId: this.ctx.id.toString() });
+      const ownTools = new Set(customTools(new Files(this.ctx.storage.sql, 0)).map((tool) => tool.name)); // only their names
+      const workerId = this.ctx.id.toString();
+      this.#dispatcher = new Dispatcher({ settings, provider, live: this.#live, workerId, ownTools, stage });
     }
     return this.#dispatcher;
   }
@@ -62,10 +72,10 @@ export class ObjectProvider implements Provider {
     this.#settings = settings;
   }
 
-  async launch(job: Job): Promise<{ sandbox: string; outcome: "ready" | "served_already" }> {
+  async launch(job: Job, files: LaunchFiles): Promise<{ sandbox: string; outcome: "ready" | "served_already" }> {
     const { maxFilesBytes, retentionSeconds } = this.#settings;
     const outcome = await asLaunchFailed(() =>
-      this.#sessions.getByName(job.sessionId).start({ job, maxFilesBytes, retentionSeconds }),
+      this.#sessions.getByName(job.sessionId).start({ job, maxFilesBytes, retentionSeconds }, files),
     );
     if (outcome === "busy") {
       throw new LaunchFailed("an older runner of the session did not make room in time", { retriable: false });

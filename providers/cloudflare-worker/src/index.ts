@@ -18,7 +18,12 @@ export default {
       const settings = readAll(env);
       if (pathname === "/webhook") {
         const dispatcher = env.DISPATCHER.getByName(DISPATCHER_NAME);
-        return await handle(request, new Verifier(settings.webhookKeys), () => ctx.waitUntil(dispatcher.wake()));
+        return await handle(
+          request,
+          new Verifier(settings.webhookKeys),
+          () => ctx.waitUntil(dispatcher.wake()),
+          (event) => ctx.waitUntil(dispatcher.suspect(event.sessionId)),
+        );
       }
       if (pathname === "/healthz") return Response.json({ ok: true });
       const download = await handleDownload(request, settings.filesKey, env.SESSIONS);

@@ -7,13 +7,14 @@
  */
 
 import { DurableObject } from "cloudflare:workers";
+import type { LaunchFiles } from "../_shared/dispatcher.ts";
 import type { Job } from "../_shared/jobs.ts";
 import { Lease } from "../_shared/lease.ts";
 import { errorName, log, runnerLog } from "../_shared/log.ts";
 import { type Exit, type Hands, Runner, type RunnerStore } from "../_shared/runner.ts";
 import { customTools } from "./custom_tools.ts";
 import type { DispatcherObject } from "./dispatcher_object.ts";
-import { type Entry, FileError, Files } from "./files.ts";
+import { type Entry, FileError, Files, WORKDIR } from "./files.ts";
 import { Memory } from "./memory.ts";
 import { installSkills } from "./skills.ts";
 import { type Launch, State } from "./state.ts";
@@ -49,8 +50,12 @@ export class SessionObject extends DurableObject<SessionEnv> {
    * Has a runner serve the job. "ready": it is stored, and will be claimed even if the object is evicted now.
    * "served_already": a healthy runner serves the item. "busy": an older runner did not make room in time.
    */
-  start(launch: Launch): Promise<"ready" | "served_already" | "busy"> {
-    const started = this.#starting.then(() => this.#start(launch));
+  start(
+    launch: Omit<Launch, "areSkillsBrought">,
+    files: LaunchFiles = new Map(),
+  ): Promise<"ready" | "served_already" | "busy"> {
+    const areSkillsBrought = [...files.keys()].some((path) => path.startsWith("skills/"));
+    const started = this.#starting.then(() => this.#start({ ...launch, areSkillsBrought }, files));
     this.#starting = started.catch(() => undefined); // the caller hears of it
     return started;
   }
@@ -83,7 +88,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
     }
   }
 
-  async #start(launch: Launch): Promise<"ready" | "served_already" | "busy"> {
+  async #start(launch: Launch, files: LaunchFiles): Promise<"ready" | "served_already" | "busy"> {
     this.#state.create();
     this.#files(launch.maxFilesBytes).create();
     const before = this.#state.launch();
@@ -92,10 +97,24 @@ export class SessionObject extends DurableObject<SessionEnv> {
       const answer = await this.#challenge(launch.job);
       if (answer !== "free") return answer;
     }
+    this.#put(files, launch);
     this.#state.begin(launch);
     await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
     this.#ensureRunning(launch);
     return "ready";
+  }
+
+  /** What the dispatcher brought, where there is room for it. */
+  #put(brought: LaunchFiles, launch: Launch): void {
+    const files = this.#files(launch.maxFilesBytes);
+    for (const [path, content] of brought) {
+      try {
+        this.ctx.storage.transactionSync(() => files.write(`${WORKDIR}/${path}`, content));
+      } catch (error) {
+        if (!(error instanceof FileError)) throw error;
+        log.warning("stage", { session: launch.job.sessionId, reason: `${path} is left out: ${error.message}` });
+      }
+    }
   }
 
   /**
@@ -120,7 +139,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
 
   #ensureRunning(launch: Launch): void {
     if (this.#running !== undefined) return;
-    const emit = runnerLog(launch.job.sessionId);
+    const emit = runnerLog(launch.job.sessionId, launch.job.token);
     const store: RunnerStore = {
       lease: () => this.#state.lease(),
       saveLease: (record) => {
@@ -172,7 +191,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
       tools: agentTools(files, () => memory.mounts),
       customTools: customTools(files),
       setUp: async (session, api) => {
-        await installSkills(session, api, files, this.#state.skills);
+        await installSkills(session, api, files, this.#state.skills, launch.areSkillsBrought);
         if (launch.job.isItemToken) await memory.mount(session, api); // the server refuses another token there
       },
       sync: (isFinal) => memory.sync(isFinal),

@@ -15,6 +15,8 @@ export interface Launch {
   readonly job: Job;
   readonly maxFilesBytes: number;
   readonly retentionSeconds: number;
+  /** The dispatcher brought skills along that the session's token may not read. */
+  readonly areSkillsBrought: boolean;
 }
 
 const SKILL = "skill";

@@ -3,7 +3,8 @@
 import { createExecutionContext, env } from "cloudflare:test";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { openClient } from "../_shared/api.ts";
-import { errorName, line, log, redact } from "../_shared/log.ts";
+import { errorName, line, log } from "../_shared/log.ts";
+import { redact } from "../_shared/secrets.ts";
 import { readSettings } from "../_shared/settings.ts";
 import { normaliseKey } from "../_shared/webhook.ts";
 import worker from "../src/index.ts";
