@@ -267,7 +267,7 @@ function isItem(value: unknown): value is BetaSelfHostedWork {
 async function within<T>(ms: number, work: Promise<T>): Promise<T> {
   let timer: ReturnType<typeof setTimeout> | null = null;
   const late = new Promise<never>((_, reject) => {
-    const reason = "no runner was ready in time; the item stays queued";
+    const reason = "no runner was ready in time";
     timer = setTimeout(() => reject(new LaunchFailed(reason, { retriable: false })), ms);
   });
   try {

@@ -70,7 +70,7 @@ class Launcher:
         except TimeoutError:
             if not budget.expired():
                 raise  # the provider's own, which it should have mapped
-            self._log_failure(job, began, "no runner was ready in time; the item stays queued")
+            self._log_failure(job, began, "no runner was ready in time")
             return False
 
     async def _launch_until_started(self, job: Job, began: float) -> bool:

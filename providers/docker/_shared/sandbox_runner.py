@@ -124,7 +124,7 @@ async def _serve(job: RunnerJob, lock: Lock) -> tuple[int, str]:
     leaving = asyncio.Event()
     for number in _LEAVE_SIGNALS:
         loop.add_signal_handler(number, leaving.set)
-    taking = asyncio.create_task(_take(job, lock))
+    taking = asyncio.create_task(take(job, lock))
     told = asyncio.create_task(leaving.wait())
     await asyncio.wait([taking, told], return_when=asyncio.FIRST_COMPLETED)
     told.cancel()
@@ -166,8 +166,8 @@ async def _serve(job: RunnerJob, lock: Lock) -> tuple[int, str]:
         reaper.cancel()
 
 
-async def _take(job: RunnerJob, lock: Lock) -> bool:
-    """R3. The probe loads the SDK only when there is somebody to ask about."""
+async def take(job: RunnerJob, lock: Lock) -> bool:
+    """R3. False: a healthy runner serves the item. The probe loads the SDK only when there is somebody to ask about."""
     if lock.try_take():
         return True
 
