@@ -210,7 +210,9 @@ def test_no_exception_is_caught_unnamed() -> None:
 
 
 # Entry points of a folder: what a host, a platform or a sandbox starts, and the example of a tool with a secret.
-READS_ENVIRONMENT = {"main.py", "app.py", "bake.py", "sandbox_init.py", "inventory.py", "on_work.py", "start.py"}
+READS_ENVIRONMENT = {
+    *("main.py", "app.py", "bake.py", "sandbox_init.py", "inventory.py", "on_work.py", "start.py", "ant_runner.py"),
+}
 
 
 def _may_read_the_environment(path: Path) -> bool:

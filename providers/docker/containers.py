@@ -15,7 +15,11 @@ from typing import Any
 
 PYTHON = ["/opt/venv/bin/python3", "-E", "-s", "-S"]
 INIT = "/opt/sandbox/sandbox_init.py"
-RUNNER = "/opt/sandbox/sandbox_runner.py"
+# What serves a session, by the name that DOCKER_RUNNER has for it.
+RUNNERS = {
+    "python": [PYTHON[0], "-I", "/opt/sandbox/_shared/sandbox_runner.py"],
+    "ant": [PYTHON[0], "-E", "-s", "/opt/sandbox/ant_runner.py"],
+}
 EGRESS_DIRECTORY = "/run/egress"
 EGRESS_SOCKET = f"{EGRESS_DIRECTORY}/proxy.sock"
 ACQUIRED_SECONDS = 60.0  # an acquired sandbox waits at least this long for its `start`

@@ -49,6 +49,12 @@ def _cpus(value: str) -> float:
     return number
 
 
+def _runner(value: str) -> str:
+    if value not in containers.RUNNERS:
+        raise ValueError(f"expected one of: {', '.join(containers.RUNNERS)}")
+    return value
+
+
 def _engine_url(value: str) -> str:
     if not re.match(r"(unix|tcp|https?)://.", value):
         raise ValueError("expected unix:///path/to/docker.sock or tcp://host:port")
@@ -62,6 +68,12 @@ class DockerSettings:
     host: str = setting("DOCKER_HOST", "The Docker Engine.", parse=_engine_url, default="unix:///var/run/docker.sock")
     image: str = setting(
         "DOCKER_IMAGE", "The sandboxes' image, made by this folder's Dockerfile.", default="sandboxes-docker"
+    )
+    runner: str = setting(
+        "DOCKER_RUNNER",
+        "What serves a session: `python`, this project's runner, or `ant`, the vendor's, where the image has it.",
+        parse=_runner,
+        default="python",
     )
     runtime: str | None = setting(
         "DOCKER_RUNTIME",
@@ -99,11 +111,16 @@ def open_provider(environ: Mapping[str, str], settings: Settings) -> DockerProvi
     own = load(DockerSettings, environ)
     if not _ID.match(settings.environment_id):
         raise SettingsError("ANTHROPIC_ENVIRONMENT_ID is unusable: expected letters, digits, - and _")
+    if own.runner == "ant" and (settings.tools or settings.tool_names):
+        raise SettingsError(
+            "DOCKER_RUNNER=ant cannot run custom tools: unset SANDBOX_TOOLS and SANDBOX_TOOL_NAMES, or it"
+        )
     return DockerProvider(
         Engine(own.host),
         namespace=settings.environment_id,
         base_url=settings.base_url,
         image=own.image,
+        runner=containers.RUNNERS[own.runner],
         runtime=own.runtime,
         limits=Limits(own.memory_mb, own.cpus, own.pids, own.file_mb, own.disk_mb),
         allowed_hosts=own.allowed_hosts,
@@ -130,7 +147,7 @@ class DockerProvider:
         egress_network: str = "bridge",
         keep_warm_seconds: float = 300.0,
         grace_seconds: int = GRACE_SECONDS,
-        runner: str = containers.RUNNER,
+        runner: Sequence[str] = containers.RUNNERS["python"],
     ) -> None:
         self._engine = engine
         self._names = Names(namespace)
@@ -147,7 +164,7 @@ class DockerProvider:
             grace_seconds=grace_seconds,
         )
         self._stop_seconds = grace_seconds + containers.FORCE_SECONDS
-        self._argv = [containers.PYTHON[0], "-I", runner]
+        self._argv = list(runner)
         self._egress_lock = asyncio.Lock()
         self._ended: dict[str, float] = {}  # when a container that has ended did so, by its id; it never runs again
         self._first_seen: dict[str, float] = {}

@@ -33,7 +33,7 @@ def golang() -> list[str]:
     go = needed("go")
 
     def build(into: Path) -> None:
-        run([go, "build", "-o", "client", "."], into)
+        run([go, "build", "-tags", "netgo,osusergo", "-o", "client", "."], into)  # static: it runs in containers, too
 
     return [str(made("go", build, run([go, "version"], HERE)) / "client")]
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gzip
 import hashlib
+import io
 import json
 import os
+import platform
+import shutil
 import subprocess
+import tarfile
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,6 +28,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests.clients.toolchains import golang
 from tests.contract import CUSTOM_TOOLS
 from tests.folders import load_folder
 
@@ -75,7 +81,7 @@ def gateway() -> str:
 @cache
 def image(folder: Path = FOLDER) -> str:
     """The folder's image, built by its Dockerfile as its README says. The layer cache makes a second build cheap."""
-    return _build(folder, f"BASE_IMAGE={found}" if (found := base()) else None)
+    return _build(folder, *_on_base())
 
 
 @cache
@@ -86,7 +92,42 @@ def image_with_tools() -> str:
         context.mkdir()
         (context / "my_tools.py").write_text(CUSTOM_TOOLS, encoding="utf-8")
         (context / "Dockerfile").write_text(f"FROM {image()}\nCOPY my_tools.py {TOOLS_FILE}\n", encoding="utf-8")
-        return _build(context, None)
+        return _build(context)
+
+
+@cache
+def image_with_ant() -> str:
+    """The folder's image with an `ant`, from an archive beside the Dockerfile, as the README says."""
+    with tempfile.TemporaryDirectory() as directory:
+        context = Path(directory, "with-ant")
+        shutil.copytree(FOLDER, context, ignore=shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".env"))
+        version, archive = ant_archive()
+        (context / f"ant_{version}_linux_{ARCHITECTURE}.tar.gz").write_bytes(archive)
+        digest = hashlib.sha256(archive).hexdigest()
+        return _build(context, *_on_base(), f"ANT_VERSION={version}", f"ANT_SHA256={digest}")
+
+
+ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
+@cache
+def ant_archive() -> tuple[str, bytes]:
+    """Version and archive of the `ant` that ANT names; else of our own small program around the Go SDK, the code that
+    `ant beta:worker` is a command line for (tests/clients/README.md says why CI has no `ant`)."""
+    ant = Path(os.environ.get("ANT") or golang()[0])
+    said = subprocess.run([ant, "--version"], capture_output=True, text=True, check=True).stdout.split()
+    content = io.BytesIO()
+    # No times in it: the same program makes the same archive, and finds its layers.
+    with gzip.GzipFile(fileobj=content, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as files:
+        member = tarfile.TarInfo("ant")
+        member.size, member.mode = ant.stat().st_size, 0o755
+        with ant.open("rb") as program:
+            files.addfile(member, program)
+    return said[-1], content.getvalue()
+
+
+def _on_base() -> list[str]:
+    return [f"BASE_IMAGE={found}"] if (found := base()) else []
 
 
 def base() -> str | None:
@@ -96,13 +137,12 @@ def base() -> str | None:
     return tag if docker("image", "ls", "-q", tag) else None
 
 
-def _build(context: Path, argument: str | None) -> str:
+def _build(context: Path, *arguments: str) -> str:
     # A tag keeps it when somebody removes another name of the same image; one for each clone of this repository.
     tag = f"sandboxes-test:{hashlib.sha256(f'{ROOT} {context.name}'.encode()).hexdigest()[:12]}"
     with _one_at_a_time():
-        return docker("build", "-q", "-t", tag, *(["--build-arg", argument] if argument else []), str(context)).split()[
-            -1
-        ]
+        options = [word for argument in arguments for word in ("--build-arg", argument)]
+        return docker("build", "-q", "-t", tag, *options, str(context)).split()[-1]
 
 
 @contextmanager
@@ -121,8 +161,8 @@ def namespace(root: Path) -> str:
 
 def make_provider(root: Path, settings: Any, **options: Any) -> Any:
     """A provider in the namespace of `root`."""
-    if "runner" in options:
-        options["runner"] = str(options["runner"])
+    if isinstance(options.get("runner"), Path):
+        options["runner"] = runner(str(options["runner"]))
     return DOCKER.sandbox.DockerProvider(
         DOCKER.module("engine").Engine(options.pop("engine_url", ENGINE_URL)),
         **{
@@ -133,6 +173,12 @@ def make_provider(root: Path, settings: Any, **options: Any) -> Any:
             **options,
         },
     )
+
+
+def runner(path: str) -> list[str]:
+    """A Python file as the runner, started as the folder's own is."""
+    *interpreter, _ = DOCKER.module("containers").RUNNERS["python"]
+    return [*interpreter, path]
 
 
 def remove_all(name: str) -> None:
@@ -155,7 +201,7 @@ class Sandboxes:
             "namespace": self.namespace,
             "base_url": base_url or f"http://{gateway()}:9",
             "image": image(),
-            "runner": self.RUNNER,
+            "runner": runner(self.RUNNER),
             "grace_seconds": 5,
             **options,
         }
@@ -213,7 +259,7 @@ class Sandboxes:
         return [name for name in containers + volumes if not name.startswith("sandbox-egress-")]
 
 
-def launch(job: dict[str, Any], files: dict[str, bytes] | None = None) -> Any:
+def launch(job: Mapping[str, Any], files: dict[str, bytes] | None = None) -> Any:
     stand_in = {"stand_in.py": STAND_IN.read_bytes()}
     return DOCKER.shared("provider").Launch(stdin=json.dumps(job).encode(), files=files or stand_in)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import anthropic
 import pytest
 
+from tests.clients.toolchains import INSTALL_SECONDS
 from tests.providers import docker_support as support
 from tests.providers.docker_support import FOLDER, docker, needs_docker, until
 from tools.emulator import Emulator, Switches, call, end, tools
@@ -45,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def on_work(emulator: Emulator, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def on_work(emulator: Emulator, folder: Path, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """The script, with the next item; when it has ended, the item is stopped."""
     client = anthropic.AsyncAnthropic(auth_token=emulator.environment_key, base_url=emulator.url)
     work = client.beta.environments.work
@@ -62,6 +63,7 @@ async def on_work(emulator: Emulator, folder: Path) -> AsyncIterator[asyncio.sub
         "SANDBOX_MAX_IDLE_SECONDS": "1",
         "PATH": os.environ["PATH"],
         "PYTHONDONTWRITEBYTECODE": "1",
+        **settings,
     }
     process = await asyncio.create_subprocess_exec(str(folder / "on-work"), env=environ, stdin=-1, stderr=-1)
     assert process.stdin is not None
@@ -106,6 +108,67 @@ async def test_told_to_stop_it_lets_the_runner_hand_over(emulator: Emulator, fol
     (result,) = emulator.events(session, "user.tool_result")
     assert "may have taken effect" in str(result["content"])
     assert docker("ps", "-q", "--filter", f"name={name}") == ""
+
+
+@pytest.mark.timeout(INSTALL_SECONDS)  # the first run builds
+async def test_ant_may_be_the_runner_too(emulator: Emulator, folder: Path) -> None:
+    session = emulator.create_session()
+    emulator.say(session, "!echo the answer is $((6 * 7))")
+    async with on_work(emulator, folder, DOCKER_RUNNER="ant", DOCKER_IMAGE=support.image_with_ant()) as process:
+        _, said = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 0, said
+    assert "the answer is 42" in str(emulator.events(session, "agent.message"))
+
+
+if ANT := os.environ.get("ANT"):
+
+    @contextlib.asynccontextmanager
+    async def polling(emulator: Emulator, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+        """The vendor's own poller, which calls the script."""
+        environ = {
+            "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
+            "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
+            "ANTHROPIC_BASE_URL": emulator.url,
+            "DOCKER_IMAGE": support.image(),
+            "SANDBOX_MAX_IDLE_SECONDS": "1",
+            "PATH": os.environ["PATH"],
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        argv = [str(ANT), "beta:worker", "poll", "--on-work", str(folder / "on-work")]
+        process = await asyncio.create_subprocess_exec(*argv, env=environ, cwd=folder, stderr=-1)
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    async def test_the_vendors_poller_serves_one_session_after_another(emulator: Emulator, folder: Path) -> None:
+        sessions = [emulator.create_session() for _ in range(2)]
+        for session in sessions:
+            emulator.say(session, "!echo the answer is $((6 * 7))")
+        async with polling(emulator, folder):
+            for session in sessions:
+                await asyncio.to_thread(emulator.wait_idle, session, 60)
+                assert "the answer is 42" in str(emulator.events(session, "agent.message"))
+
+    async def test_the_vendors_poller_passes_a_stop_on(emulator: Emulator, folder: Path) -> None:
+        session = emulator.create_session()
+        emulator.set_script(session, [tools(call("bash", command="touch began; sleep 60")), end()])
+        emulator.say(session, "go")
+        async with polling(emulator, folder) as process:
+            name = f"sandbox-{emulator.environment_id}-{session}"
+
+            async def began() -> str:
+                return docker("exec", name, "sh", "-c", "ls began", check=False)
+
+            await until(began)
+            process.terminate()
+            _, said = await asyncio.wait_for(process.communicate(), 60)
+            assert b"143" in said  # what the script ended with
+        (result,) = emulator.events(session, "user.tool_result")
+        assert "may have taken effect" in str(result["content"])
+        assert docker("ps", "-q", "--filter", f"name={name}") == ""
 
 
 @pytest.mark.parametrize("switches", [Switches(secret="null")])
