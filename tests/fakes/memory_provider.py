@@ -7,6 +7,7 @@ them, so it is for tests only. Faults are asked for by name (`fail_next`) and re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -163,7 +164,8 @@ class MemoryProvider:
         for sandbox in self.live.values():
             for runner in sandbox.runners:
                 if runner.returncode is None:
-                    os.killpg(runner.pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                        os.killpg(runner.pid, signal.SIGKILL)
                     await runner.wait()
         if self._followers:
             await asyncio.wait(self._followers)

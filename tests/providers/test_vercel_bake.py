@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ class TestBake:
         setup.write_text("echo no such package\nexit 3\n")
         with start_vercel(tmp_path / "vercel") as fake:  # what a runner needs is there already
             before = set(fake.snapshots)
-            async with open_client(fake).create_sandbox(source=SnapshotSource(snapshot_id=SNAPSHOT)) as sandbox:
+            source = SnapshotSource(snapshot_id=SNAPSHOT)
+            async with aclosing(open_client(fake)) as client, client.create_sandbox(source=source) as sandbox:
                 with pytest.raises(VERCEL.shared("errors").LaunchFailed, match=r"setup\.sh ended with 3"):
                     await VERCEL.module("bake")._fill(sandbox, Namespace(setup=setup, days=0), IMAGE, 0.0)
             assert set(fake.snapshots) == before
