@@ -4,9 +4,10 @@
  */
 
 import { DurableObject } from "cloudflare:workers";
-import { Dispatcher, type LaunchFiles, type LiveSessions, type Provider } from "../_shared/dispatcher.ts";
+import { Dispatcher, type LaunchFiles, type Provider } from "../_shared/dispatcher.ts";
 import { LaunchFailed } from "../_shared/errors.ts";
 import type { Job } from "../_shared/jobs.ts";
+import { asLaunchFailed, LiveTable } from "../_shared/objects.ts";
 import { stage } from "../_shared/staging.ts";
 import { customTools } from "./custom_tools.ts";
 import { Files } from "./files.ts";
@@ -81,49 +82,5 @@ export class ObjectProvider implements Provider {
       throw new LaunchFailed("an older runner of the session did not make room in time", { retriable: false });
     }
     return { sandbox: job.sessionId, outcome };
-  }
-}
-
-/** What the platform throws when an object does not answer, by the flags it documents. What our object throws propagates. */
-async function asLaunchFailed<T>(call: () => Promise<T>): Promise<T> {
-  try {
-    return await call();
-  } catch (error) {
-    const { overloaded, remote, retryable } = error as { overloaded?: boolean; remote?: boolean; retryable?: boolean };
-    if (overloaded) throw new LaunchFailed("the session's object is overloaded", { retriable: false, cause: error });
-    if (retryable) throw new LaunchFailed("the session's object was not reached", { retriable: true, cause: error });
-    if (!remote) throw new LaunchFailed("the session's object did not answer", { retriable: true, cause: error });
-    throw error;
-  }
-}
-
-/** The sessions with a runner, in the dispatcher's own storage. */
-class LiveTable implements LiveSessions {
-  readonly #sql: SqlStorage;
-
-  constructor(sql: SqlStorage) {
-    this.#sql = sql;
-    sql.exec("CREATE TABLE IF NOT EXISTS live (session TEXT PRIMARY KEY) WITHOUT ROWID");
-  }
-
-  count(): number {
-    return this.#sql.exec<{ count: number }>("SELECT count(*) AS count FROM live").one().count;
-  }
-
-  has(sessionId: string): boolean {
-    return this.#sql.exec("SELECT 1 FROM live WHERE session = ?", sessionId).toArray().length > 0;
-  }
-
-  add(sessionId: string): void {
-    this.#sql.exec("INSERT OR REPLACE INTO live VALUES (?)", sessionId);
-  }
-
-  remove(sessionId: string): void {
-    this.#sql.exec("DELETE FROM live WHERE session = ?", sessionId);
-  }
-
-  retain(sessionIds: ReadonlySet<string>): void {
-    const rows = this.#sql.exec<{ session: string }>("SELECT session FROM live").toArray();
-    for (const { session } of rows) if (!sessionIds.has(session)) this.remove(session);
   }
 }
