@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.sync_shared import ROOT, folders, typescript_folders
+from tools.sync_shared import ROOT, folders, image_folders, typescript_folders
 
 PYTHON = sys.executable
 EXIT_SKIPPED = 77  # of a step that this machine cannot run; it says why
@@ -30,10 +30,18 @@ def steps(root: Path) -> list[Step]:
         *(
             Step(
                 f"types of {folder.relative_to(root)}",
-                [PYTHON, "-m", "mypy", *config, "--cache-dir", str(root / ".mypy_cache" / folder.name), "."],
+                [
+                    PYTHON,
+                    "-m",
+                    "mypy",
+                    *config,
+                    "--cache-dir",
+                    str(root / ".mypy_cache" / folder.relative_to(root)),
+                    ".",
+                ],
                 folder,
             )
-            for folder in folders(root)
+            for folder in [*folders(root), *image_folders(root)]
         ),
         *(
             Step(

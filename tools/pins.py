@@ -17,7 +17,8 @@ _PIN = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(\[[^\]]*\])?==(?P<version>[^;,\s*]
 def problems(root: Path) -> Iterator[str]:
     """Loose pins, pins that differ between two pyproject.toml, and locks that resolve something else."""
     first: dict[str, tuple[str, str]] = {}
-    for path in [root / "pyproject.toml", *sorted(root.glob("providers/*/pyproject.toml"))]:
+    inside = [*root.glob("providers/*/pyproject.toml"), *root.glob("providers/*/container/pyproject.toml")]
+    for path in [root / "pyproject.toml", *sorted(inside)]:
         where, locked = str(path.relative_to(root)), _locked(path.with_name("uv.lock"))
         for requirement in _requirements(_parsed(path)):
             if not (pin := _PIN.fullmatch(requirement)):

@@ -2,9 +2,10 @@
 (`make check`).
 
 A folder's pyproject.toml says what it takes: `[tool.sandboxes] shared = ["errors.py", ...]`. A TypeScript folder's
-package.json says it, `"sandboxes": {"shared": ["errors.ts", ...]}`, of shared/typescript. The check looks at the whole
-tree (content, length, mode, missing and added files, directories, links), because a checker that only compares
-what it expects to find passes a truncated or an extended copy.
+package.json says it, `"sandboxes": {"shared": ["errors.ts", ...]}`, of shared/typescript; what it puts into an image
+is a Python project below it, with a pyproject.toml and copies of its own. The check looks at the whole tree (content,
+length, mode, missing and added files, directories, links), because a checker that only compares what it expects to find
+passes a truncated or an extended copy.
 """
 
 from __future__ import annotations
@@ -40,6 +41,16 @@ def folders(root: Path) -> list[Path]:
 def typescript_folders(root: Path) -> list[Path]:
     """The provider folders in TypeScript, by name."""
     return sorted(path.parent for path in root.glob("providers/*/package.json") if not is_python(path.parent))
+
+
+def image_folders(root: Path) -> list[Path]:
+    """What a TypeScript folder puts into its image: a Python project of its own, with the runner."""
+    return sorted(path.parent for path in root.glob("providers/*/container/pyproject.toml"))
+
+
+def vendoring(root: Path) -> list[Path]:
+    """Everything that has copies of shared/."""
+    return [*folders(root), *image_folders(root), *typescript_folders(root)]
 
 
 def is_python(folder: Path) -> bool:
@@ -89,7 +100,7 @@ def vendored(root: Path, folder: Path) -> dict[str, bytes]:
 
 def sync(root: Path) -> Iterator[str]:
     """Writes every folder's copies and table; yields a line for each file it changed."""
-    for folder in [*folders(root), *typescript_folders(root)]:
+    for folder in vendoring(root):
         expected, target = vendored(root, folder), folder / VENDORED
         if not _is_plain_directory(target):
             _remove(target)
@@ -111,7 +122,7 @@ def sync(root: Path) -> Iterator[str]:
 
 def stale_copies(root: Path) -> Iterator[str]:
     """Everything `make sync` would change in the `_shared/` directories, one line each."""
-    for folder in [*folders(root), *typescript_folders(root)]:
+    for folder in vendoring(root):
         expected, target = vendored(root, folder), folder / VENDORED
         if not _is_plain_directory(target):
             yield f"{target.relative_to(root)} is not a directory of copies"
@@ -132,7 +143,7 @@ def stale_tables(root: Path) -> Iterator[str]:
 
 def open_imports(root: Path) -> Iterator[str]:
     """Imports that leave the vendored set: the copied folder would not start."""
-    for folder in folders(root):
+    for folder in [*folders(root), *image_folders(root)]:
         names = manifest(root, folder)
         wanted = [
             (path, f"{name}.py") for path in (root / "shared" / name for name in names) for name in _siblings(path)

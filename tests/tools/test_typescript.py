@@ -133,6 +133,26 @@ def test_the_check_has_a_step_for_the_folder(folder: Path) -> None:
     assert step.argv[-2:] == ["check", str(folder)]
 
 
+def test_what_a_folder_puts_into_its_image_is_vendored_pinned_and_checked_too(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, image = folder.parent.parent, folder / "container"
+    trees.write(root / "shared/__init__.py", "")
+    trees.write(root / "shared/runner.py", "from .sibling import helper\n")
+    project = '[project]\nname = "image"\nversion = "0"\ndependencies = ["anthropic{pin}"]\n'
+    manifest = '[tool.sandboxes]\nshared = ["runner.py"]\n'
+    trees.write(image / "pyproject.toml", project.format(pin="") + manifest)
+    assert sync_shared.main(["--root", str(root)]) == 1
+    said = capsys.readouterr().err
+    assert "container/pyproject.toml: anthropic is not pinned exactly" in said
+    assert "shared/runner.py imports sibling: add sibling.py" in said
+    assert (image / "_shared/runner.py").read_bytes() == (root / "shared/runner.py").read_bytes()
+    (image / "_shared/runner.py").write_text("", encoding="utf-8")
+    assert "container/_shared/runner.py differs" in "\n".join(sync_shared.stale_copies(root))
+    (step,) = [step for step in check.steps(root) if step.name.endswith("of providers/yours/container")]
+    assert step.cwd == image
+
+
 def test_a_step_that_cannot_run_here_says_why_and_fails_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert check.run(check.Step("a step", ["sh", "-c", f"echo no npm; exit {check.EXIT_SKIPPED}"]))
     assert capsys.readouterr().out.split() == ["skip", "a", "step", "no", "npm"]
