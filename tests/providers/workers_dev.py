@@ -37,8 +37,9 @@ def workspace(name: str) -> Path:
 class WorkersDev:
     """One `wrangler dev`, which can be killed and started again on the same storage."""
 
-    def __init__(self, folder: Path, directory: Path, settings: dict[str, str]) -> None:
+    def __init__(self, folder: Path, directory: Path, settings: dict[str, str], **environ: str) -> None:
         self._folder = folder
+        self._environ = environ
         self._directory = directory
         self._log = directory / "log.txt"
         self._log.touch()
@@ -61,11 +62,12 @@ class WorkersDev:
         argv = [typescript.program(self._folder, "wrangler"), "dev", "--ip", "127.0.0.1", "--port", str(self._port)]
         argv += ["--inspector-port", "0", "--env-file", str(self._directory / "settings"), "--live-reload=false"]
         argv += ["--persist-to", str(self._directory / "state"), "--show-interactive-dev-session=false"]
+        argv += self.arguments()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 argv,
                 cwd=self._folder,
-                env=typescript.environment(),
+                env=typescript.environment() | self._environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -78,6 +80,10 @@ class WorkersDev:
             time.sleep(0.05)
         self._port = int(ready[1])
         assert self.request("GET", "/healthz").status_code == 200
+
+    def arguments(self) -> list[str]:
+        """More of them for wrangler."""
+        return []
 
     def kill(self) -> None:
         """At once, as a machine dies: nothing is written any more."""

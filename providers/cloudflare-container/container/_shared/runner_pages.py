@@ -1,0 +1,27 @@
+"""What a proxy says in the control plane's place is an error of the connection, and no answer.
+
+A captive portal, a load balancer's notice or a login page come as 200 with text in them. The SDK hands such a text on
+in the place of an object, or fails on it with an error that names nothing; neither is an `anthropic.APIError`, which
+every caller of ours expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from anthropic import APIConnectionError, APIRequest, AsyncAPIResponse, Middleware
+
+_TEXTS = ("text/html", "text/plain", "application/xhtml")
+
+
+class RefusePages(Middleware):
+    """Raises `APIConnectionError` for an answer that is a page."""
+
+    async def handle_async(
+        self, request: APIRequest, call_next: Callable[[Any], Awaitable[AsyncAPIResponse[Any]]]
+    ) -> Any:
+        response = await call_next(request)
+        if response.status_code == 200 and response.headers.get("content-type", "").startswith(_TEXTS):
+            raise APIConnectionError(message="a page came instead of an answer", request=response.http_request)
+        return response

@@ -1,0 +1,64 @@
+"""A Workers folder with containers under `wrangler dev`: real workerd, real containers on this machine's Docker Engine.
+
+What `wrangler dev` would take from an image registry is made here: the base of the folder's image, and a stand-in for
+the sidecar that it puts beside each container (tests/fakes/containers says what that one does not do).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from pathlib import Path
+
+from tests.providers.docker_support import base, docker, image
+from tests.providers.workers_dev import WAIT_SECONDS, WorkersDev
+from tools.sync_shared import ROOT
+
+FAKES = ROOT / "tests/fakes/containers"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For wrangler, where there is no registry. Builds the images once; wrangler's own builds find the layers."""
+    image(folder / "container")
+    found = base()
+    return {
+        "WRANGLER_DOCKER_BIN": str(FAKES / "docker"),
+        "MINIFLARE_CONTAINER_EGRESS_IMAGE": image(FAKES),
+    } | ({"TEST_BASE_IMAGE": found} if found else {})
+
+
+class ContainersDev(WorkersDev):
+    """Its Worker has a name of its own, by which its containers are found; `remove_all` removes them."""
+
+    def __init__(self, folder: Path, directory: Path, settings: dict[str, str]) -> None:
+        super().__init__(folder, directory, settings, **environment(folder))
+        self._name = f"test-{uuid.uuid4().hex[:12]}"
+
+    def arguments(self) -> list[str]:
+        return ["--name", self._name]
+
+    def containers(self) -> list[str]:
+        """The names of the sandboxes that run, without their sidecars."""
+        found = docker("ps", "--filter", f"name=workerd-{self._name}-", "--format", "{{.Names}}").split()
+        return [name for name in found if not name.endswith("-proxy")]
+
+    def sidecars(self) -> list[str]:
+        return docker("ps", "--filter", f"name=workerd-{self._name}-.*-proxy", "--format", "{{.Names}}").split()
+
+    def until_no_containers(self) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while found := self.containers():
+            assert time.monotonic() < deadline, f"{found} run:\n{self.log}"
+            time.sleep(0.1)
+
+    def remove_all(self) -> None:
+        """Whatever this wrangler has left on the Engine."""
+        found = docker("ps", "-aq", "--filter", f"name=workerd-{self._name}-").split()
+        images = set()
+        for container in json.loads(docker("inspect", *found)) if found else []:
+            images |= {name for name in [container["Config"]["Image"]] if name.startswith("cloudflare-dev/")}
+        if found:
+            docker("rm", "-f", *found, check=False)
+        for name in images:
+            docker("rmi", name, check=False)  # the layers stay, under the name by which the tests built them

@@ -1,0 +1,279 @@
+"""providers/cloudflare-container under `wrangler dev`, from a copy of the folder alone: real workerd, real containers
+of the folder's own image. Over HTTP, the journeys of tests.contract, and what only this provider can get wrong.
+
+One `wrangler dev`, one image and one emulator serve all journeys of a test process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tests.providers.containers_dev import ContainersDev, environment
+from tests.providers.docker_support import docker, gateway, needs_docker
+from tests.providers.workers_dev import WAIT_SECONDS, Seen, workspace
+from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS
+from tools import typescript
+from tools.emulator import Emulator, Step, Switches, call, end, repeat_output, tools
+
+NAME = "cloudflare-container"
+
+pytestmark = [needs_docker, pytest.mark.timeout(400)]  # the first test of a process may install and build
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return workspace(NAME)
+
+
+@pytest.fixture(scope="module")
+def shared_emulator() -> Iterator[Emulator]:
+    with Emulator(host=gateway()) as emulator:  # where containers reach it
+        yield emulator
+
+
+def settings_for(emulator: Emulator) -> dict[str, str]:
+    return {
+        "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
+        "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
+        "ANTHROPIC_BASE_URL": emulator.url,
+        "ANTHROPIC_WEBHOOK_SIGNING_KEY": emulator.webhook_key,
+        "SANDBOX_MAX_IDLE_SECONDS": "0.5",
+    }
+
+
+@pytest.fixture(scope="module")
+def dev(folder: Path, shared_emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ContainersDev]:
+    settings = settings_for(shared_emulator) | {"SANDBOX_KEEP_WARM_SECONDS": "600", "FILES_MAX_MB": "8"}
+    dev = ContainersDev(folder, tmp_path_factory.mktemp("dev"), settings)
+    try:
+        dev.start()
+        shared_emulator.set_webhook_url(f"{dev.url}/webhook")
+        yield dev
+    finally:
+        dev.stop()
+        dev.remove_all()
+
+
+@pytest.fixture
+def emulator(dev: ContainersDev, shared_emulator: Emulator) -> Iterator[Emulator]:
+    yield shared_emulator
+    shared_emulator.clear_faults()
+    shared_emulator.switch(**asdict(Switches()))
+
+
+class Talk(Seen):
+    """A session, its container, and what is said in it."""
+
+    def __init__(self, emulator: Emulator, dev: ContainersDev, *steps: Step) -> None:
+        super().__init__(emulator, emulator.create_session())
+        self.emulator = emulator
+        self.dev = dev
+        if steps:
+            emulator.set_script(self.session, list(steps))
+
+    def say(self, text: str) -> None:
+        self.emulator.say(self.session, text)
+
+    def ask(self, command: str) -> str:
+        """What a command prints in the sandbox."""
+        self.say(f"!{command}")
+        return self.wait_idle()
+
+    def until_logged(self, action: str) -> str:
+        return self.dev.until_logged(f"action={action} .*session={self.session}.*")
+
+    def container(self) -> str:
+        """The name of the session's container, which the session has marked: `echo $session > session`."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            for name in self.dev.containers():
+                if self.session in docker("exec", name, "cat", "/workspace/session", check=False):
+                    return name
+        raise AssertionError(f"none of {self.dev.containers()} has the session's files:\n{self.dev.log}")
+
+
+@pytest.fixture
+def talk(emulator: Emulator, dev: ContainersDev) -> Talk:
+    return Talk(emulator, dev)
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_folder_can_be_deployed(folder: Path, tmp_path: Path) -> None:
+    argv = [typescript.program(folder, "wrangler"), "deploy", "--dry-run", "--outdir", str(tmp_path)]
+    environ = typescript.environment() | environment(folder)
+    done = subprocess.run(argv, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "env.SESSIONS (SessionObject)" in done.stdout
+    assert (tmp_path / "index.js").is_file()
+
+
+# --- the main job ----------------------------------------------------------------------------------------------------
+
+
+def test_a_session_is_served_from_first_message_to_idle_exit(talk: Talk) -> None:
+    assert talk.ask("echo hello > greeting.txt && cat greeting.txt") == "hello"
+    talk.wait_stopped()
+    assert talk.results() == [(False, "hello")]
+    assert (talk.claims(), len(talk.requests("work.ack"))) == (1, 1)
+    assert [record.status for record in talk.requests("work.stop")] == [200]
+    asked = [record for record in talk.emulator.requests if talk.session in record.path]
+    assert {record.credential for record in asked} == {"sessions_token"}
+
+
+def test_the_next_message_finds_the_warm_container(talk: Talk) -> None:
+    talk.ask("echo kept > /tmp/outside_of_the_workspace")
+    talk.wait_stopped()
+    assert talk.ask("cat /tmp/outside_of_the_workspace") == "kept"
+    assert talk.claims() == 2
+
+
+def test_two_messages_in_one_run_need_one_runner(emulator: Emulator, dev: ContainersDev) -> None:
+    talk = Talk(
+        emulator,
+        dev,
+        tools(call("bash", command="cd / && x=1")),
+        end(),
+        tools(call("bash", command="pwd; echo $x")),
+        repeat_output,
+        end(),
+    )
+    talk.say("go")
+    talk.wait_idle()
+    talk.say("again")
+    assert talk.wait_idle() == "/\n1"  # the same shell
+    assert talk.claims() == 1
+
+
+def test_after_its_container_is_gone_a_session_finds_its_files(talk: Talk) -> None:
+    talk.ask(
+        f"echo {talk.session} > session; mkdir -p .hidden/deep; ln -s /etc/passwd link; echo run > tool;"
+        " chmod 750 tool; mkfifo pipe; echo locked > locked; chmod 0 locked; touch 'ü name'; echo lost > /tmp/outside"
+    )
+    talk.until_logged("saved")
+    docker("kill", talk.container())
+    talk.until_logged("sandbox_lost")
+    answer = talk.ask("ls -A; readlink link; stat -c %a tool; cat locked; test -p pipe && echo a pipe; ls /tmp")
+    names = [".hidden", ".sandbox", "link", "locked", "pipe", "session", "tool", "ü name"]
+    assert answer.splitlines() == [*names, "/etc/passwd", "750", "locked", "a pipe"]
+
+
+def test_a_lost_webhook_is_made_up_for_by_the_sweep(emulator: Emulator, talk: Talk, dev: ContainersDev) -> None:
+    emulator.webhooks_paused = True
+    try:
+        talk.say("!echo found")
+        dev.sweep()
+        assert talk.wait_idle() == "found"
+    finally:
+        emulator.webhooks_paused = False
+
+
+def test_ten_sessions_at_once(emulator: Emulator, dev: ContainersDev) -> None:
+    talks = [Talk(emulator, dev) for _ in range(10)]
+    for number, talk in enumerate(talks):
+        talk.say(f"!echo {number} > file.txt; sleep 1; cat file.txt; ls | wc -l")
+    for number, talk in enumerate(talks):
+        assert talk.wait_idle() == f"{number}\n1"  # its own file, and no other
+        assert talk.claims() == 1
+
+
+# --- what dies -------------------------------------------------------------------------------------------------------
+
+
+def test_a_container_killed_in_a_tool_call_is_healed(emulator: Emulator, talk: Talk, dev: ContainersDev) -> None:
+    talk.ask(f"echo {talk.session} > session; echo saved > file.txt")
+    talk.until_logged("saved")
+    emulator.set_script(
+        talk.session, [tools(call("bash", command="echo half > file.txt; sleep 60")), repeat_output, end()]
+    )
+    talk.say("go")
+    talk.wait_until(lambda: talk.claims() == 2 and len(emulator.pending_calls(talk.session)) == 1)
+    docker("kill", talk.container())
+    assert "137 with files that were not saved" in talk.until_logged("sandbox_lost")
+    emulator.advance(LAPSE_SECONDS)
+    emulator.advance(HEALABLE_SECONDS)
+    dev.sweep()
+    assert "lost" in talk.wait_idle()
+    assert [is_error for is_error, _ in talk.results()] == [False, True]  # told once, and not run again
+    assert talk.ask("cat file.txt") == "saved"
+
+
+def test_a_container_told_to_end_hands_over_and_the_files_are_kept(emulator: Emulator, talk: Talk) -> None:
+    """P9: SIGTERM, as in a roll-out. The turn goes on in another container."""
+    begin = f"echo {talk.session} > session; echo half > file.txt; sleep 60"
+    emulator.set_script(
+        talk.session,
+        [
+            tools(call("bash", command=begin)),
+            tools(call("bash", command="cat file.txt; ls /tmp")),
+            repeat_output,
+            end(),
+        ],
+    )
+    talk.say("go")
+    talk.wait_until(lambda: talk.claims() == 1 and len(emulator.pending_calls(talk.session)) == 1)
+    docker("exec", talk.container(), "touch", "/tmp/of_the_first_container")
+    docker("kill", "--signal", "TERM", talk.container())
+    assert talk.wait_idle() == "half"
+    (first, second) = talk.results()
+    assert first[0]
+    assert "may have taken effect" in first[1]
+    assert second == (False, "half")
+    assert talk.claims() == 2
+
+
+def test_a_worker_killed_in_a_tool_call_finds_the_runner_and_saves_its_files(
+    emulator: Emulator, talk: Talk, dev: ContainersDev
+) -> None:
+    """The container does not need the Worker; an object that lost its memory looks at what is there."""
+    begin = f"echo {talk.session} > session; while ! test -e done; do sleep 0.1; done; echo over"
+    talk.say(f"!{begin}")
+    talk.wait_until(lambda: talk.claims() == 1 and len(emulator.pending_calls(talk.session)) == 1)
+    container = talk.container()
+    since = len(dev.log)
+    dev.kill()
+    dev.start()
+    docker("exec", container, "touch", "/workspace/done")
+    assert talk.wait_idle() == "over"
+    dev.until_logged(f"action=saved session={talk.session}", since)
+    assert talk.ask("ls /workspace").split() == ["done", "session"]
+    assert talk.container() == container
+
+
+# --- what a sandbox may know -----------------------------------------------------------------------------------------
+
+
+def test_no_credential_is_where_the_agents_shell_or_the_engine_can_look(talk: Talk, emulator: Emulator) -> None:
+    """R11."""
+    look = (
+        "env; for p in /proc/[0-9]*; do cat $p/environ $p/cmdline; ls -l $p/fd; done 2>/dev/null | tr '\\0' ' ';"
+        " grep -rIls sk-ant- . /tmp /run /etc /opt /var/lib 2>/dev/null; echo end of search"
+    )
+    answer = talk.ask(f"echo {talk.session} > session; {look}")
+    assert answer.endswith("end of search")
+    for word in ("sk-ant-", emulator.environment_key, "ANTHROPIC_"):
+        assert word not in answer
+        assert word not in docker("inspect", talk.container())
+    assert "ANTHROPIC_" not in docker("logs", talk.container())
+
+
+def test_an_agent_cannot_speak_for_the_durable_object(talk: Talk) -> None:
+    ask = (
+        "import urllib.request, urllib.error\n"
+        "for ask in ['GET /', 'GET /workspace?most=9', 'POST /runners', 'PUT /workspace']:\n"
+        "    for key in ['', 'Bearer guess']:\n"
+        "        method, path = ask.split()\n"
+        "        request = urllib.request.Request('http://127.0.0.1:8080' + path, method=method, data=b'{}')\n"
+        "        request.add_header('authorization', key)\n"
+        "        try: print(urllib.request.urlopen(request).status)\n"
+        "        except urllib.error.HTTPError as error: print(error.code)\n"
+    )
+    assert talk.ask(f"python3 - <<'END'\n{ask}END").split() == ["401"] * 8
+    assert talk.ask("kill -9 1; kill -STOP 1; echo alive") == "alive"
