@@ -18,7 +18,8 @@ from daytona import CreateSnapshotParams, DaytonaError, DaytonaNotFoundError, Im
 import image
 from _shared.errors import SandboxesError
 from _shared.settings import load
-from sandbox import DaytonaSettings, open_daytona
+from daytona_settings import DaytonaSettings
+from sandbox import open_daytona
 
 ACTIVE = "active"
 PAGE = 100

@@ -27,7 +27,8 @@ from _shared.errors import LaunchFailed, SandboxesError, SettingsError
 from _shared.runner_secrets import RedactingFormatter
 from _shared.settings import Settings, credential, load, setting
 from _shared.webhook import Verifier
-from sandbox import DaytonaProvider, DaytonaSettings, open_provider
+from daytona_settings import DaytonaSettings
+from sandbox import DaytonaProvider, open_provider
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]  # the handler says which one it answers
 _CLOSE_CONNECTIONS_SECONDS = 4

@@ -12,7 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,21 +21,12 @@ from daytona import (
     AsyncDaytona,
     AsyncSandbox,
     CreateSandboxFromSnapshotParams,
-    DaytonaAuthenticationError,
-    DaytonaBadGatewayError,
     DaytonaBadRequestError,
     DaytonaConfig,
     DaytonaConflictError,
-    DaytonaConnectionError,
     DaytonaError,
-    DaytonaForbiddenError,
-    DaytonaGoneError,
     DaytonaInternalServerError,
     DaytonaNotFoundError,
-    DaytonaRateLimitError,
-    DaytonaServiceUnavailableError,
-    DaytonaTimeoutError,
-    DaytonaUnprocessableEntityError,
     FileUpload,
     ListSandboxesQuery,
     SessionExecuteRequest,
@@ -46,7 +36,9 @@ from daytona import (
 import image
 from _shared.errors import LaunchFailed
 from _shared.provider import Launch, SandboxInfo, Started, read_ready
-from _shared.settings import Settings, count, credential, load, setting, url
+from _shared.settings import Settings, load
+from daytona_errors import PASSING, mapped, said
+from daytona_settings import DaytonaSettings
 
 ENVIRONMENT_LABEL, SESSION_LABEL = "sandboxes-environment", "sandboxes-session"
 RUNNER_SESSION = "runner-"  # how the names of the toolbox's sessions begin that hold a runner
@@ -54,92 +46,13 @@ AUTOSTOP_MINUTES = 5  # at least: what a sweep renews each minute must outlast s
 ORPHAN_MINUTES = 24 * 60  # on top of the retention, Daytona deletes by itself what no host is left to release
 CHANGE_SECONDS = 80.0  # for a change of state; below the dispatcher's launch budget
 CALL_SECONDS = 15
-RETRY_AFTER_SECONDS = 20.0  # at most; the dispatcher's patience with one call is 30 s
 POLL_SECONDS = 0.25
 INPUT_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # a command is started before its input can be written to
 LOGS_MISSED = 20  # polls of the log in a row that may fail
 
-# Vendor errors, whether the same call may succeed within seconds, and what to say. The first that fits counts.
-_ERRORS: tuple[tuple[type[DaytonaError], bool, str], ...] = (
-    (DaytonaAuthenticationError, False, "Daytona does not accept DAYTONA_API_KEY: check it, and DAYTONA_API_URL"),
-    (DaytonaForbiddenError, False, "Daytona forbids it: give the key the right to write and delete sandboxes"),
-    (DaytonaRateLimitError, True, "Daytona asks to slow down"),
-    (DaytonaTimeoutError, True, "Daytona did not answer in time"),
-    (DaytonaConnectionError, True, "Daytona cannot be reached"),
-    (DaytonaNotFoundError, True, "the sandbox is gone"),
-    (DaytonaConflictError, True, "the sandbox is changing its state"),
-    (DaytonaGoneError, True, "the runner ended before it had its job"),
-    (DaytonaBadRequestError, True, "the sandbox's state does not allow it"),
-    (DaytonaUnprocessableEntityError, False, "Daytona cannot do this with the snapshot's class of sandboxes"),
-    (DaytonaInternalServerError, True, "Daytona failed"),
-    (DaytonaBadGatewayError, True, "the sandbox cannot be reached"),
-    (DaytonaServiceUnavailableError, True, "Daytona is not available"),
-)
-_PASSING = (
-    DaytonaConnectionError,
-    DaytonaTimeoutError,
-    DaytonaInternalServerError,
-    DaytonaBadGatewayError,
-    DaytonaServiceUnavailableError,
-    DaytonaRateLimitError,
-)
 _BROKEN = frozenset({"error", "build_failed"})
 _ASLEEP = frozenset({"stopped", "paused", "archiving", "archived"})
 _GONE = frozenset({"destroying", "destroyed"})
-
-
-def _names(value: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip())
-
-
-def _volumes(value: str) -> tuple[tuple[str, str], ...]:
-    volumes = tuple((name, path) for name, _, path in (entry.partition(":") for entry in _names(value)))
-    if not all(name and path.startswith("/") for name, path in volumes):
-        raise ValueError("expected name:/path, several separated by commas")
-    return volumes
-
-
-@dataclass(frozen=True)
-class DaytonaSettings:
-    """What this provider needs beside the shared settings."""
-
-    api_key: str = setting(
-        "DAYTONA_API_KEY", "The key of your Daytona organization (`dtn_...`).", parse=credential, secret=True
-    )
-    api_url: str = setting("DAYTONA_API_URL", "Daytona's API.", parse=url, default="https://app.daytona.io/api")
-    target: str | None = setting("DAYTONA_TARGET", "The region. Unset: the organization's default.", default=None)
-    snapshot: str | None = setting(
-        "DAYTONA_SNAPSHOT",
-        "The snapshot of new sandboxes. Unset: the one that `bake.py` bakes from this folder as it is.",
-        default=None,
-    )
-    cpu: int | None = setting(
-        "DAYTONA_CPU", "Cores of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
-    )
-    memory_gib: int | None = setting(
-        "DAYTONA_MEMORY_GIB", "Memory of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
-    )
-    disk_gib: int | None = setting(
-        "DAYTONA_DISK_GIB", "Disk of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
-    )
-    archive_minutes: int = setting(
-        "DAYTONA_ARCHIVE_MINUTES",
-        "How long a stopped sandbox stays quick to start; then it is archived, and the next message waits longer.",
-        parse=count,
-        default=24 * 60,
-    )
-    allowed_hosts: tuple[str, ...] | None = setting(
-        "SANDBOX_ALLOWED_HOSTS",
-        "The only domains sandboxes may connect to, separated by commas; the API's is added. Unset: any.",
-        parse=_names,
-        default=None,
-    )
-    volumes: tuple[tuple[str, str], ...] | None = setting(
-        "DAYTONA_VOLUMES",
-        "Volumes that every sandbox mounts, as `name:/path`, separated by commas. All sessions share them.",
-        parse=_volumes,
-        default=None,
-    )
 
 
 def open_daytona(own: DaytonaSettings) -> AsyncDaytona:
@@ -193,7 +106,7 @@ class DaytonaProvider:
 
     async def acquire(self, session_id: str) -> DaytonaSandbox:
         """The session's sandbox: found, started or created, and it has run a command."""
-        async with _mapped():
+        async with mapped():
             sandbox, created = await self._find_or_create(session_id)
             if sandbox.labels.get(ENVIRONMENT_LABEL) != self._environment_id:
                 raise LaunchFailed("Daytona has a sandbox of this name that is not this environment's", retriable=False)
@@ -210,7 +123,7 @@ class DaytonaProvider:
 
     async def renew(self, sandbox_id: str, seconds: float) -> None:
         """Puts off Daytona's auto-stop, which counts from the last activity."""
-        async with _mapped():
+        async with mapped():
             sandbox = await self._daytona.get(sandbox_id, CALL_SECONDS)
             if (minutes := math.ceil(seconds / 60)) > (sandbox.auto_stop_interval or math.inf):
                 await sandbox.set_autostop_interval(minutes, CALL_SECONDS)
@@ -218,7 +131,7 @@ class DaytonaProvider:
 
     async def sandboxes(self) -> AsyncIterator[SandboxInfo]:
         """Those with the environment's label."""
-        async with _mapped():
+        async with mapped():
             query = ListSandboxesQuery(labels={ENVIRONMENT_LABEL: self._environment_id}, limit=100)
             async for sandbox in self._daytona.list(query, CALL_SECONDS):
                 if _state(sandbox) not in _GONE:
@@ -232,7 +145,7 @@ class DaytonaProvider:
 
     async def release(self, sandbox_id: str) -> None:
         """Deletes the sandbox with its disk."""
-        async with _mapped():
+        async with mapped():
             with contextlib.suppress(DaytonaNotFoundError):
                 sandbox = await self._daytona.get(sandbox_id, CALL_SECONDS)
                 await sandbox.delete(CHANGE_SECONDS, wait=True)
@@ -259,7 +172,7 @@ class DaytonaProvider:
             return await self._daytona.create(params, timeout=CHANGE_SECONDS), True
         except DaytonaBadRequestError as error:
             hint = f"; bake it with `python bake.py`, it is {self._snapshot}" if "Snapshot" in error.message else ""
-            raise LaunchFailed(f"Daytona refuses to create a sandbox: {_said(error)}{hint}", retriable=False) from error
+            raise LaunchFailed(f"Daytona refuses to create a sandbox: {said(error)}{hint}", retriable=False) from error
         except DaytonaConflictError:  # another host was faster
             return await self._daytona.get(session_id, CALL_SECONDS), False
         except DaytonaError as error:
@@ -284,7 +197,7 @@ class DaytonaSandbox:
         The command is all that Daytona keeps of a start: the job goes over the input's endpoint into a pipe, and
         `suppress_input_echo` keeps it out of the log on the sandbox's disk (R11)."""
         process = self._sandbox.process
-        async with _mapped():
+        async with mapped():
             await self._put(launch.files)
             await self._forget_ended()
             session = f"{RUNNER_SESSION}{time.time_ns()}"
@@ -303,7 +216,7 @@ class DaytonaSandbox:
 
     async def tail(self, lines: int) -> str:
         """The end of the latest runner's output."""
-        async with _mapped():
+        async with mapped():
             sessions = sorted(await self._runners(), key=lambda session: session.session_id)
             if not sessions or not sessions[-1].commands:
                 return ""
@@ -348,7 +261,7 @@ class DaytonaSandbox:
                 ended = (await process.get_session_command(session, command, CALL_SECONDS)).exit_code is not None
                 logs = await process.get_session_command_logs(session, command, CALL_SECONDS)
                 missed = 0
-            except _PASSING:
+            except PASSING:
                 missed += 1
                 if missed > LOGS_MISSED:
                     raise
@@ -378,7 +291,7 @@ async def _bring_up(sandbox: AsyncSandbox) -> None:
         else:
             await sandbox.wait_for_sandbox_start(CHANGE_SECONDS)
     except DaytonaBadRequestError as error:
-        raise LaunchFailed(f"Daytona refuses to start the sandbox: {_said(error)}", retriable=True) from error
+        raise LaunchFailed(f"Daytona refuses to start the sandbox: {said(error)}", retriable=True) from error
     except DaytonaError as error:
         if _state(sandbox) not in _BROKEN:
             raise
@@ -387,33 +300,6 @@ async def _bring_up(sandbox: AsyncSandbox) -> None:
 
 def _state(sandbox: AsyncSandbox) -> str:
     return sandbox.state.value if sandbox.state else "unknown"
-
-
-@contextlib.asynccontextmanager
-async def _mapped() -> AsyncIterator[None]:
-    """Turns the vendor's errors into ours, by the table. What it does not list propagates."""
-    try:
-        yield
-    except DaytonaError as error:
-        if isinstance(error, DaytonaRateLimitError):
-            await asyncio.sleep(_retry_after(error))
-        for kind, retriable, reason in _ERRORS:
-            if isinstance(error, kind):
-                raise LaunchFailed(reason, retriable=retriable) from error
-        if (error.status_code or 0) >= 500:
-            raise LaunchFailed("Daytona failed", retriable=True) from error
-        raise
-
-
-def _retry_after(error: DaytonaError) -> float:
-    """How long the vendor asks to wait."""
-    given = {name.lower(): value for name, value in error.headers.items()}.get("retry-after", "1")
-    return min(float(given), RETRY_AFTER_SECONDS) if str(given).isdecimal() else 1.0
-
-
-def _said(error: DaytonaError) -> str:
-    """What the API said about a sandbox it would not create or start; the request held nothing secret."""
-    return (error.message.partition(": ")[2] or error.message).partition("\n")[0][:200]
 
 
 def _seconds(moment: str | None) -> float:

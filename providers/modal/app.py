@@ -27,11 +27,12 @@ DISPATCH_SECONDS = 900  # for one drain or sweep; a drain takes up to 240 s, and
 IDLE_SECONDS = 20  # then a container ends; below a minute, so that the next sweep's reads a changed secret
 WAKE_SECONDS = 5.0  # for handing the drain over; the sweep comes anyway
 DRAINS_AT_ONCE = 100  # in the one container: they share its dispatcher, which drains once for all of them
+OURS = ("_shared", "image", "modal_errors", "modal_settings", "sandbox")  # the folder's modules that run in a function
 
 _log = logging.getLogger(__name__)
 
 app = modal.App(APP)
-sandboxes_image = sandbox_image().add_local_python_source("_shared", "image", "sandbox")
+sandboxes_image = sandbox_image().add_local_python_source(*OURS)
 secret = modal.Secret.from_name(SECRET)
 
 

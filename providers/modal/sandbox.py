@@ -13,10 +13,9 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import modal
@@ -24,14 +23,14 @@ import modal.exception
 
 from _shared.errors import LaunchFailed, SettingsError
 from _shared.provider import Launch, SandboxInfo, Started, read_ready
-from _shared.settings import Settings, load, seconds, setting
+from _shared.settings import Settings, load
 from image import INSIDE, sandbox_image
+from modal_errors import mapped
+from modal_settings import ModalSettings
 
 APP = "sandboxes"  # the app's name at Modal: another one for each environment that you serve
 VOLUME = "sandboxes-workspaces"
 WORKSPACE = "/workspace"
-LONGEST_LIFETIME_SECONDS = 86_400  # Modal's limit
-SHORTEST_LIFETIME_SECONDS = 600
 HANDOVER_SECONDS = 120.0  # before the end of its lifetime a sandbox lets its runner hand over
 RENEW_SECONDS = 1_800.0  # an idle sandbox that has less left than this, or a quarter of its lifetime, is replaced
 SHORTEST_IDLE_SECONDS = 10  # between `acquire` and `start` no command runs, and Modal may end the sandbox
@@ -42,118 +41,6 @@ _ATTEMPTS = 4
 _INIT = ("python", "-I", f"{INSIDE}/sandbox_init.py")
 _NAME = re.compile(r"(?!ap-[a-zA-Z0-9]{22}$)[A-Za-z0-9_.-]{1,63}\Z")  # what Modal takes for a sandbox's name and a tag
 _RUNNING = None  # what `poll` says of a sandbox that has not ended
-
-# What Modal's client raises: whether the same call may succeed within seconds, and what to do where it will not. The
-# first that fits decides. What is not here is a bug and propagates.
-_ERRORS: tuple[tuple[type[Exception], bool, str], ...] = (
-    (modal.exception.AuthError, False, "Modal does not accept the token: it was revoked, or is of another workspace"),
-    (modal.exception.PermissionDeniedError, False, "Modal's token may not do this"),
-    (modal.exception.ResourceExhaustedError, True, "Modal's limit for this workspace is reached"),
-    (modal.exception.AlreadyExistsError, True, "the session's name is taken by a sandbox that cannot be found yet"),
-    (modal.exception.NotFoundError, True, "the sandbox is gone"),
-    (modal.exception.ConflictError, True, "the sandbox has ended"),
-    (modal.exception.InvalidError, False, "Modal refuses what the SANDBOX_* settings ask for"),
-    (modal.exception.RemoteError, False, "the sandboxes' image cannot be built: see `modal app logs`"),
-    (modal.exception.VersionError, False, "Modal no longer serves this version of its client"),
-    (modal.exception.UnimplementedError, False, "Modal does not know this call"),
-    (modal.exception.SandboxTerminatedError, True, "the sandbox was terminated"),
-    (modal.exception.ClientClosed, True, "the connection to the sandbox is closed"),
-    (modal.exception.TimeoutError, True, "Modal did not answer in time"),
-    (modal.exception.ConnectionError, True, "Modal cannot be reached"),
-    (modal.exception.ServiceError, True, "Modal is unavailable"),
-    (modal.exception.InternalError, True, "Modal has an internal error"),
-    (modal.exception.DataLossError, True, "Modal lost data of this call"),
-    (TimeoutError, True, "Modal did not answer in time"),
-    (ConnectionError, True, "Modal cannot be reached"),
-)
-
-
-def _names(value: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip())
-
-
-def _hosts(value: str) -> tuple[str, ...]:
-    hosts = _names(value)
-    if not all(re.fullmatch(r"(\*\.)?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", host) for host in hosts):
-        raise ValueError("expected host names separated by commas, without https:// and ports")
-    return hosts
-
-
-class Amount(NamedTuple):
-    """What a sandbox is sure to get, and the most it may use."""
-
-    request: float
-    limit: float
-
-    def __str__(self) -> str:
-        return f"{self.request:g},{self.limit:g}"
-
-
-def _amount(value: str) -> Amount:
-    request, _, limit = value.partition(",")
-    amount = Amount(float(request), float(limit or request))
-    if not 0 < amount.request <= amount.limit < float("inf"):
-        raise ValueError(
-            "expected a number above 0, or two with a comma: the request, and a limit that is not below it"
-        )
-    return amount
-
-
-def _lifetime(value: str) -> float:
-    number = seconds(value)
-    if not SHORTEST_LIFETIME_SECONDS <= number <= LONGEST_LIFETIME_SECONDS:
-        raise ValueError(f"expected {SHORTEST_LIFETIME_SECONDS} to {LONGEST_LIFETIME_SECONDS} seconds")
-    return number
-
-
-@dataclass(frozen=True)
-class ModalSettings:
-    """What this provider needs beside the shared settings."""
-
-    cpu: Amount = setting(
-        "SANDBOX_CPU",
-        "Physical cores of a sandbox: what it is sure to get, and after a comma what it may use at most.",
-        parse=_amount,
-        default=Amount(0.5, 2),
-    )
-    memory_mb: Amount = setting(
-        "SANDBOX_MEMORY_MB",
-        "Memory of a sandbox in MiB: what it is sure to get, and after a comma its limit.",
-        parse=_amount,
-        default=Amount(512, 2048),
-    )
-    gpu: str | None = setting(
-        "SANDBOX_GPU", "A GPU for each sandbox, as Modal names them: `T4`, `A100:2`.", default=None
-    )
-    regions: tuple[str, ...] | None = setting(
-        "SANDBOX_REGIONS",
-        "Where sandboxes may run: Modal's region names separated by commas. Unset: wherever there is room.",
-        parse=_names,
-        default=None,
-    )
-    allowed_hosts: tuple[str, ...] | None = setting(
-        "SANDBOX_ALLOWED_HOSTS",
-        "The host names a sandbox may connect to, separated by commas; `*.` in front covers subdomains. The API is"
-        " always among them. Unset: everywhere.",
-        parse=_hosts,
-        default=None,
-    )
-    proxy: str | None = setting(
-        "SANDBOX_PROXY", "The name of a Modal Proxy through which sandboxes connect, for a fixed address.", default=None
-    )
-    lifetime_seconds: float = setting(
-        "SANDBOX_LIFETIME_SECONDS",
-        "How long one sandbox may run, at most a day. Then its runner hands over and the session goes on in a new one.",
-        parse=_lifetime,
-        default=float(LONGEST_LIFETIME_SECONDS),
-    )
-    tool_secrets: tuple[str, ...] | None = setting(
-        "SANDBOX_TOOL_SECRETS",
-        "Modal Secrets, separated by commas, that the runner gets as environment variables, for custom tools. What no"
-        " tool takes out of the environment when it is loaded, the agent can read.",
-        parse=_names,
-        default=None,
-    )
 
 
 def open_provider(
@@ -206,7 +93,7 @@ class ModalProvider:
         """The session's sandbox, made if there is none, replaced if its time is short and no runner is in it."""
         if not _NAME.match(session_id):
             raise LaunchFailed("the session id cannot be the name of a sandbox", retriable=False)
-        with _mapped():
+        with mapped():
             app = await self._opened()
             for _ in range(_ATTEMPTS):
                 found = await self._find(session_id)
@@ -221,7 +108,7 @@ class ModalProvider:
 
     async def sandboxes(self) -> AsyncIterator[SandboxInfo]:
         """The running sandboxes, then the sessions of which only files are left."""
-        with _mapped():
+        with mapped():
             app = await self._opened()
             tags = {"environment": self._settings.environment_id}
             listed = [each async for each in modal.Sandbox.list.aio(app_id=app.app_id, tags=tags, client=self._client)]
@@ -237,7 +124,7 @@ class ModalProvider:
 
     async def release(self, sandbox_id: str) -> None:
         """Terminates the sandbox and deletes the session's files. Takes the id of either."""
-        with _mapped():
+        with mapped():
             if sandbox_id.startswith("sb-"):
                 sandbox = await self._by_id(sandbox_id)
                 session = await self._session(sandbox) if sandbox else self._sessions.get(sandbox_id)
@@ -385,7 +272,7 @@ class ModalSandbox:
     async def start(self, launch: Launch) -> Started:
         """Writes the files, gives the job to a new runner's standard input, and reads what it says until it is ready.
         The runner goes on when nobody reads any more."""
-        with _mapped():
+        with mapped():
             if launch.files:
                 await self._put(launch.files)
             process = await self._sandbox.exec.aio(*_INIT, "run", *self._runner, secrets=self._secrets, bufsize=1)
@@ -397,7 +284,7 @@ class ModalSandbox:
 
     async def tail(self, lines: int) -> str:
         """The end of the runners' log, while the sandbox runs."""
-        with _mapped():
+        with mapped():
             process = await self._sandbox.exec.aio("tail", "-n", str(lines), "/run/sandbox/runner.log")
             return (await process.stdout.read.aio()).rstrip("\n")
 
@@ -417,15 +304,3 @@ async def _lines(stream: Any) -> AsyncGenerator[bytes, None]:
     async with contextlib.aclosing(aiter(stream)) as lines:
         async for line in lines:
             yield line.encode()
-
-
-@contextlib.contextmanager
-def _mapped() -> Iterator[None]:
-    """Turns what Modal's client raises into our error. Its text may hold parts of a request, so it stays the cause."""
-    try:
-        yield
-    except LaunchFailed:
-        raise
-    except tuple(kind for kind, _, _ in _ERRORS) as error:
-        _, retriable, reason = next(row for row in _ERRORS if isinstance(error, row[0]))
-        raise LaunchFailed(reason, retriable=retriable) from error

@@ -28,7 +28,9 @@ from vercel.sandbox import (
 import image
 from _shared.errors import LaunchFailed, SandboxesError
 from _shared.settings import load
-from sandbox import VercelSettings, install, mapped
+from sandbox import install
+from vercel_errors import mapped
+from vercel_settings import VercelSettings
 
 BAKE_SECONDS = 1200.0
 HERE = Path(__file__).resolve().parent

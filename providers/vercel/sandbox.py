@@ -14,8 +14,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, STDOUT
@@ -23,7 +22,6 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import anyio
-import httpx2
 from vercel.sandbox import (
     NetworkPolicy,
     NetworkPolicyMatcher,
@@ -35,15 +33,10 @@ from vercel.sandbox import (
     Sandbox,
     SandboxApiError,
     SandboxClient,
-    SandboxCredentialsError,
     SandboxQueryByName,
     SandboxResources,
-    SandboxResponseError,
     SandboxServiceOptions,
     SandboxStatus,
-    SandboxStdinError,
-    SandboxStreamError,
-    SandboxTerminalStateError,
     SnapshotExpiration,
     SnapshotRetention,
     SnapshotSource,
@@ -56,8 +49,10 @@ from _shared.log import line
 from _shared.provider import Launch, SandboxInfo, Started, read_ready
 from _shared.runner_job import sessions_token
 from _shared.session_store import SessionStore
-from _shared.settings import Settings, count, flag, load, seconds, setting, url
+from _shared.settings import Settings, load
 from store import UpstashSessionStore, open_store
+from vercel_errors import ERRORS, but_for, mapped
+from vercel_settings import VercelSettings
 
 _log = logging.getLogger(__name__)
 
@@ -77,87 +72,6 @@ _SETPRIV = "/usr/bin/setpriv"
 _AS_AGENT = ["--reuid", image.AGENT, "--regid", image.AGENT, "--init-groups", "--no-new-privs", "--"]
 _NO_SECRET = base64.urlsafe_b64encode(b'{"sessions_token": "added-by-the-firewall"}').decode()
 _RUNNING = frozenset({SandboxStatus.PENDING, SandboxStatus.RUNNING})
-
-# What Vercel's API may answer: (what it means, whether the same call may succeed within seconds). Another status is a
-# bug. 409, 404 and 410 are met where they are expected; elsewhere the sandbox changed under us.
-_STATUSES = {
-    400: ("refused the request", False),
-    401: ("does not accept the credentials", False),
-    402: ("asks for payment: the plan's allowance is used up", False),
-    403: ("forbids it: check the token, the team and the project", False),
-    404: ("does not know the sandbox or the snapshot", True),
-    408: ("timed out", True),
-    409: ("says that the sandbox is changing", True),
-    410: ("says that the sandbox has stopped", True),
-    413: ("says that the request is too large", False),
-    422: ("refused the request", False),
-    423: ("says that the sandbox is locked", True),
-    425: ("is not ready", True),
-    429: ("asks to slow down, or the plan's number of sandboxes is reached", True),
-}
-_ERRORS: dict[type[Exception], tuple[str, bool]] = {
-    SandboxCredentialsError: (
-        "there are no Vercel credentials: turn on OIDC in the project's settings",
-        False,
-    ),
-    SandboxTerminalStateError: ("the sandbox ended while it was made", True),
-    SandboxResponseError: ("Vercel's answer was not understood", True),
-    SandboxStreamError: ("the sandbox's output ended early", True),
-    SandboxStdinError: ("the job did not reach the runner", True),
-    anyio.BrokenResourceError: ("the runner ended before it read its job", True),
-    httpx2.TransportError: ("Vercel cannot be reached", True),
-}
-_FAILURES: tuple[type[Exception], ...] = (SandboxApiError, *_ERRORS)
-
-
-def _hosts(value: str) -> tuple[str, ...]:
-    hosts = tuple(host.strip() for host in value.split(",") if host.strip())
-    if not hosts or any("/" in host or ":" in host for host in hosts):
-        raise ValueError("expected host names separated by commas, or *")
-    return hosts
-
-
-@dataclass(frozen=True)
-class VercelSettings:
-    """What this provider needs beside the shared settings."""
-
-    snapshot_id: str | None = setting(
-        "VERCEL_SNAPSHOT_ID",
-        "The snapshot that `bake.py` has made. Without it, each new sandbox first installs what a runner needs.",
-        default=None,
-    )
-    image: str | None = setting(
-        "VERCEL_SANDBOX_IMAGE",
-        "The image of new sandboxes where no snapshot is set. Unset: Vercel's default.",
-        default=None,
-    )
-    vcpus: int = setting(
-        "VERCEL_SANDBOX_VCPUS", "Virtual CPUs of a sandbox; memory goes with them.", parse=count, default=2
-    )
-    sandbox_seconds: float = setting(
-        "VERCEL_SANDBOX_SECONDS",
-        "How long a sandbox runs at least after each launch. A sweep extends it while a runner works; where sweeps do"
-        " not run every minute, set it to the longest turn you expect.",
-        parse=seconds,
-        default=300.0,
-    )
-    allowed_hosts: tuple[str, ...] | None = setting(
-        "SANDBOX_ALLOWED_HOSTS",
-        "What a sandbox may connect to besides the API: host names separated by commas (`*.example.com` for all below"
-        " one), or `*` for everything. Unset: nothing else.",
-        parse=_hosts,
-        default=None,
-    )
-    inject_credential: bool = setting(
-        "VERCEL_INJECT_CREDENTIAL",
-        "Let Vercel's firewall add the session's token to the runner's requests, on the session's own paths only, so"
-        " that the sandbox never holds it. Not tried on Vercel itself.",
-        parse=flag,
-        default=False,
-    )
-    api_url: str | None = setting(
-        "VERCEL_SANDBOX_API_URL", "Vercel's Sandbox API, where it is not the usual one.", parse=url, default=None
-    )
 
 
 def open_provider(environ: Mapping[str, str], settings: Settings, store: SessionStore | None = None) -> VercelProvider:
@@ -233,7 +147,7 @@ class VercelProvider:
         """Deletes the sandbox and its disk."""
         with mapped():
             if sandbox := await self._find(sandbox_id):
-                with _but_for(404):
+                with but_for(404):
                     await sandbox.destroy(delete_orphan_snapshots=True)
 
     async def close(self) -> None:
@@ -251,7 +165,7 @@ class VercelProvider:
 
     async def _ready(self, name: str) -> Sandbox | None:
         """The sandbox if it only needs to be resumed."""
-        with _but_for(404, 410):
+        with but_for(404, 410):
             sandbox = await self._client.resume_sandbox(name=name)
             sandbox = await self._with_time(sandbox)
             if await self._is_prepared(sandbox):
@@ -336,7 +250,7 @@ class VercelProvider:
         """Whether it has `seconds` left now."""
         if (missing := seconds - _left(sandbox)) <= 1:
             return True
-        with _but_for(400, 402, 403, 422):
+        with but_for(400, 402, 403, 422):
             await sandbox.extend_execution_time_limit(timedelta(seconds=missing + 1))
             return True
         return False
@@ -346,11 +260,11 @@ class VercelProvider:
         for process in await sandbox.query_processes():
             if process.returncode is None:
                 _log.info(line("hand_over", provider=self.name, sandbox=sandbox.name, reason="its time is up"))
-                with _but_for(404, 410):
+                with but_for(404, 410):
                     await process.send_signal(ProcessSignal.SIGTERM)
 
     async def _find(self, name: str) -> Sandbox | None:
-        with _but_for(404):
+        with but_for(404):
             return await self._client.get_sandbox(name=name)
         return None
 
@@ -383,7 +297,7 @@ class VercelProvider:
             return sandbox is None
         if self._hold_seconds - _left(sandbox) <= self._settings.keep_warm_seconds:
             return False
-        with _but_for(404, 410):
+        with but_for(404, 410):
             if any(process.returncode is None for process in await sandbox.query_processes()):
                 return False
             await sandbox.stop()
@@ -516,7 +430,7 @@ class VercelSandbox:
                 await process.stdin.send(stdin)
                 await process.stdin.aclose()
         except BaseException:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(_KILL_SECONDS), contextlib.suppress(*_FAILURES):
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_KILL_SECONDS), contextlib.suppress(*ERRORS):
                 await process.kill()
             raise
 
@@ -542,28 +456,3 @@ def _left(sandbox: Sandbox) -> float:
     if session is None or began is None or session.execution_time_limit is None:
         return 0.0
     return began / 1000 + session.execution_time_limit.total_seconds() - time.time()
-
-
-@contextlib.contextmanager
-def _but_for(*statuses: int) -> Iterator[None]:
-    """Lets these answers of Vercel's pass in silence."""
-    try:
-        yield
-    except SandboxApiError as error:
-        if error.status_code not in statuses:
-            raise
-
-
-@contextlib.contextmanager
-def mapped() -> Iterator[None]:
-    """Turns what Vercel and its SDK raise into our error. Their texts can embed requests: they are not repeated."""
-    try:
-        yield
-    except SandboxApiError as error:
-        meaning = ("has trouble", True) if error.status_code >= 500 else _STATUSES.get(error.status_code)
-        if meaning is None:
-            raise
-        raise LaunchFailed(f"Vercel {meaning[0]} ({error.status_code})", retriable=meaning[1]) from error
-    except tuple(_ERRORS) as error:
-        text, retriable = next(_ERRORS[kind] for kind in type(error).__mro__ if kind in _ERRORS)
-        raise LaunchFailed(text, retriable=retriable) from error

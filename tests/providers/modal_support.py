@@ -39,7 +39,7 @@ def open_provider(double: ModalDouble, image_id: str, settings: Any, **options: 
     """A provider with Modal's real client. Options in capitals are settings."""
     client, own = double.client, {name: value for name, value in options.items() if name.isupper()}
     return MODAL.sandbox.ModalProvider(
-        MODAL.shared("settings").load(MODAL.sandbox.ModalSettings, own),
+        MODAL.shared("settings").load(MODAL.module("modal_settings").ModalSettings, own),
         settings,
         image=modal.Image.from_id(image_id, client),
         client=client,

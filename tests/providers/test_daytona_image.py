@@ -36,7 +36,7 @@ def copy(tmp_path: Path) -> Folder:
 
 
 def settings(daytona: DaytonaDouble, **more: Any) -> Any:
-    return FOLDER.sandbox.DaytonaSettings(api_key=daytona.key, api_url=daytona.url, **more)
+    return FOLDER.module("daytona_settings").DaytonaSettings(api_key=daytona.key, api_url=daytona.url, **more)
 
 
 def names(folder: Folder) -> tuple[str, str]:

@@ -77,7 +77,7 @@ def make_provider(fake: FakeVercel, settings: Any, *, store: Any = None, program
     return VERCEL.sandbox.VercelProvider(
         open_client(fake),
         settings,
-        VERCEL.sandbox.VercelSettings(**values),
+        VERCEL.module("vercel_settings").VercelSettings(**values),
         store=store,
         program=program,
         wanted=IMAGE,

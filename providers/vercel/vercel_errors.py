@@ -1,0 +1,75 @@
+"""What Vercel's API and its SDK raise, and what we make of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import anyio
+import httpx2
+from vercel.sandbox import (
+    SandboxApiError,
+    SandboxCredentialsError,
+    SandboxResponseError,
+    SandboxStdinError,
+    SandboxStreamError,
+    SandboxTerminalStateError,
+)
+
+from _shared.errors import LaunchFailed
+
+# What Vercel's API may answer: (what it means, whether the same call may succeed within seconds). Another status is a
+# bug. 409, 404 and 410 are met where they are expected; elsewhere the sandbox changed under us.
+_STATUSES = {
+    400: ("refused the request", False),
+    401: ("does not accept the credentials", False),
+    402: ("asks for payment: the plan's allowance is used up", False),
+    403: ("forbids it: check the token, the team and the project", False),
+    404: ("does not know the sandbox or the snapshot", True),
+    408: ("timed out", True),
+    409: ("says that the sandbox is changing", True),
+    410: ("says that the sandbox has stopped", True),
+    413: ("says that the request is too large", False),
+    422: ("refused the request", False),
+    423: ("says that the sandbox is locked", True),
+    425: ("is not ready", True),
+    429: ("asks to slow down, or the plan's number of sandboxes is reached", True),
+}
+_MEANINGS: dict[type[Exception], tuple[str, bool]] = {
+    SandboxCredentialsError: (
+        "there are no Vercel credentials: turn on OIDC in the project's settings",
+        False,
+    ),
+    SandboxTerminalStateError: ("the sandbox ended while it was made", True),
+    SandboxResponseError: ("Vercel's answer was not understood", True),
+    SandboxStreamError: ("the sandbox's output ended early", True),
+    SandboxStdinError: ("the job did not reach the runner", True),
+    anyio.BrokenResourceError: ("the runner ended before it read its job", True),
+    httpx2.TransportError: ("Vercel cannot be reached", True),
+}
+ERRORS: tuple[type[Exception], ...] = (SandboxApiError, *_MEANINGS)
+
+
+@contextlib.contextmanager
+def but_for(*statuses: int) -> Iterator[None]:
+    """Lets these answers of Vercel's pass in silence."""
+    try:
+        yield
+    except SandboxApiError as error:
+        if error.status_code not in statuses:
+            raise
+
+
+@contextlib.contextmanager
+def mapped() -> Iterator[None]:
+    """Turns what Vercel and its SDK raise into our error. Their texts can embed requests: they are not repeated."""
+    try:
+        yield
+    except SandboxApiError as error:
+        meaning = ("has trouble", True) if error.status_code >= 500 else _STATUSES.get(error.status_code)
+        if meaning is None:
+            raise
+        raise LaunchFailed(f"Vercel {meaning[0]} ({error.status_code})", retriable=meaning[1]) from error
+    except tuple(_MEANINGS) as error:
+        text, retriable = next(_MEANINGS[kind] for kind in type(error).__mro__ if kind in _MEANINGS)
+        raise LaunchFailed(text, retriable=retriable) from error
