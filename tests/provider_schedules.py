@@ -39,7 +39,7 @@ from tools.emulator import Emulator, Execution
 SCHEDULE_SECONDS = 90.0  # real ones; a schedule that takes longer has lost something
 QUIET_SECONDS = 2.0  # real ones without anything happening, and the emulator's clock jumps
 SWEEP_SECONDS = 0.5  # real ones between two sweeps: the minute of a real host
-CLEAN_SECONDS = 20.0
+CLEAN_SECONDS = 60.0
 RECLAIM_AND_HEAL_SECONDS = max(RECLAIM_SECONDS, HEALABLE_SECONDS)
 SESSIONS, TURNS = 2, 2
 # For a launch, a call of the provider and the pauses between attempts: as a host has them, but shorter.
@@ -198,6 +198,8 @@ class ProviderSchedules:
     seeds: ClassVar[int] = 3
     """How many are played by default; PROVIDER_SCHEDULES_N plays more, PROVIDER_SCHEDULES_SEED begins elsewhere."""
     patience: ClassVar[float] = SCHEDULE_SECONDS
+    launches_take_seconds: ClassVar[bool] = False
+    """Whether a launch that is under way counts as something that moves."""
     shares_provider: ClassVar[bool] = False
     """Whether a second host can only share the first one's provider object."""
     own_troubles: ClassVar[int] = 1
@@ -301,7 +303,8 @@ class ProviderSchedules:
         while time.monotonic() - scene.began < self.patience:
             if all(task.done() for task in working):
                 return []
-            if (moves := _moves(scene.emulator)) != moved:
+            launches = any(host.dispatcher._launches for host in scene.hosts) and self.launches_take_seconds
+            if (moves := _moves(scene.emulator)) != moved or launches:
                 moved, moved_at = moves, time.monotonic()
             elif time.monotonic() - moved_at > QUIET_SECONDS:
                 jump = next(jumps)

@@ -18,11 +18,12 @@ _PROXY = ("127.0.0.1", 3128)
 
 
 @needs_docker
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 class TestDockerSchedules(ProviderSchedules):
     core = DOCKER
     seeds: ClassVar[int] = 2
-    patience: ClassVar[float] = 150.0  # containers are made and ended in seconds where others need none
+    patience: ClassVar[float] = 200.0  # containers are made and ended in seconds where others need none
+    launches_take_seconds: ClassVar[bool] = True
 
     @pytest.fixture(autouse=True)
     def _on_the_engine(self, tmp_path: Path) -> Iterator[None]:

@@ -17,6 +17,8 @@ from anthropic import AsyncAnthropic
 
 from shared.dispatcher import RECLAIM_SECONDS as WINDOW
 from shared.dispatcher import Dispatcher, open_client
+from shared.errors import LaunchFailed
+from shared.fleet import Fleet
 from shared.launching import LAUNCH_SECONDS
 from shared.provider import SandboxInfo, Started
 from tests.shared.conftest import MakeDispatcher
@@ -524,6 +526,28 @@ async def test_a_provider_that_does_not_say_what_runs_gets_no_more(
     await dispatcher.sweep()
     assert (provider.started, polls(emulator)) == ([], 0)
     assert "action=list" in caplog.text
+
+
+async def test_a_list_that_goes_on_failing_is_told_of_now_and_then(
+    emulator: Emulator, make_dispatcher: MakeDispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider = FakeProvider()
+
+    async def lines_of(fleet: Fleet, *troubles: LaunchFailed | None) -> int:
+        caplog.clear()
+        for trouble in troubles:
+            provider.broken = {"sandboxes": trouble} if trouble else {}
+            assert (await fleet.list() is None) == (trouble is not None)
+        return caplog.text.count("action=list")
+
+    down, slow = LaunchFailed("it is down", retriable=True), LaunchFailed("it is slow", retriable=True)
+    patient, loud = (
+        Fleet(provider, make_dispatcher(provider)._settings, repeat_seconds=seconds) for seconds in (60, 0)
+    )
+    assert await lines_of(patient, down, down, down) == 1
+    assert await lines_of(patient, down, slow, slow) == 1  # another trouble
+    assert await lines_of(patient, slow, None, slow) == 1  # the same one again, after it was over
+    assert await lines_of(loud, down, down, down) == 3
 
 
 async def test_and_gets_them_when_it_says_so_again(emulator: Emulator, make_dispatcher: MakeDispatcher) -> None:

@@ -18,6 +18,7 @@ CALL_SECONDS = 30.0  # for one call of a provider that is no launch: a list, a r
 LIVE_REFRESH_SECONDS = 15.0  # how long a count of running sandboxes is trusted
 RENEW_SECONDS = 300.0  # what a sweep asks for while a runner works; several sweeps' worth
 RELEASES_PER_SWEEP = 100
+REPEAT_SECONDS = 60.0  # a poller asks for room each second or two: a list that fails and fails is told of once a minute
 
 _log = logging.getLogger(__name__)
 
@@ -25,10 +26,19 @@ _log = logging.getLogger(__name__)
 class Fleet:
     """What one dispatcher knows of them."""
 
-    def __init__(self, provider: Provider, settings: Settings, *, call_seconds: float = CALL_SECONDS) -> None:
+    def __init__(
+        self,
+        provider: Provider,
+        settings: Settings,
+        *,
+        call_seconds: float = CALL_SECONDS,
+        repeat_seconds: float = REPEAT_SECONDS,
+    ) -> None:
         self._provider = provider
         self._settings = settings
         self._call_seconds = call_seconds
+        self._repeat_seconds = repeat_seconds
+        self._told = ("", float("-inf"))  # why the last list failed, and when that was logged
         self._live: set[str] = set()  # sessions whose sandbox runs, as last listed, and those launched since
         self._listed_at = float("-inf")
         self._is_full = False
@@ -54,11 +64,19 @@ class Fleet:
             async with asyncio.timeout(self._call_seconds):
                 infos = [info async for info in self._provider.sandboxes()]
         except (LaunchFailed, TimeoutError) as error:
-            _log.warning(log.line("list", provider=self._provider.name, error=error, reason=_reason(error)))
+            self._tell(log.line("list", provider=self._provider.name, error=error, reason=_reason(error)))
             return None
+        self._told = ("", float("-inf"))
         self._live = {info.session_id for info in infos if info.running}
         self._listed_at = time.monotonic()
         return infos
+
+    def _tell(self, trouble: str) -> None:
+        """Something else at once, the same again after a while."""
+        was, told_at = self._told
+        if trouble != was or time.monotonic() - told_at >= self._repeat_seconds:
+            self._told = (trouble, time.monotonic())
+            _log.warning(trouble)
 
     async def renew(self, items: Iterable[BetaSelfHostedWork], sandboxes: Iterable[SandboxInfo]) -> None:
         """Keeps the sandboxes of working runners alive. `acquire` is not used: it would make what is gone."""
