@@ -68,7 +68,7 @@ def dev(folder: Path, shared_emulator: Emulator, tmp_path_factory: pytest.TempPa
         "ANTHROPIC_BASE_URL": emulator.url,
         "ANTHROPIC_WEBHOOK_SIGNING_KEY": FIRST_KEY,
         "ANTHROPIC_WEBHOOK_SIGNING_KEY_NEXT": emulator.webhook_key,
-        "SANDBOX_MAX_IDLE_SECONDS": "0.5",
+        "SANDBOX_MAX_IDLE_SECONDS": "0.2",
         "SANDBOX_MAX_WAIT_SECONDS": "20",
         "SANDBOX_MAX_LIVE": "150",
         "FILES_KEY": FILES_KEY,
@@ -100,6 +100,13 @@ def ask(emulator: Emulator, *steps: Step, **options: object) -> Seen:
     seen = start(emulator, *steps, **options)
     emulator.say(seen.session, "go")
     return seen
+
+
+def answer_theirs(emulator: Emulator, session: str, text: str = "done") -> None:
+    """The other client's tool has run."""
+    (left,) = emulator.pending_calls(session)
+    content = [{"type": "text", "text": text}]
+    emulator.send(session, {"type": "user.custom_tool_result", "custom_tool_use_id": left, "content": content})
 
 
 def write(path: str, content: str) -> Step:
@@ -256,10 +263,12 @@ def test_the_next_message_finds_the_files(emulator: Emulator) -> None:
 
 
 def test_two_messages_in_one_run_need_one_claim(emulator: Emulator) -> None:
-    seen = ask(emulator, write("a", "1"), end(), read("a"), repeat_output, end())
-    seen.wait_idle()
-    emulator.say(seen.session, "again")
-    assert seen.wait_idle() == "1"
+    seen = ask(emulator, tools(custom("theirs")), end(), write("a", "1"), end())
+    seen.wait_until(lambda: len(seen.requests("events.stream")) == 1)
+    emulator.say(seen.session, "again")  # while the first turn is under way
+    answer_theirs(emulator, seen.session)
+    seen.wait_until(lambda: (False, "wrote 1 bytes to a") in seen.results())
+    seen.wait_stopped()
     assert seen.claims() == 1
 
 
@@ -424,9 +433,7 @@ def test_a_held_call_waits_for_its_verdict(emulator: Emulator) -> None:
 def test_a_tool_nobody_here_owns_is_left_to_its_owner(emulator: Emulator) -> None:
     seen = ask(emulator, tools(custom("theirs", x=1), call("write", file_path="a", content="1")), repeat_output, end())
     seen.wait_until(lambda: len(seen.results()) == 1)
-    (left,) = emulator.pending_calls(seen.session)
-    content = [{"type": "text", "text": "theirs answered"}]
-    emulator.send(seen.session, {"type": "user.custom_tool_result", "custom_tool_use_id": left, "content": content})
+    answer_theirs(emulator, seen.session, "theirs answered")
     assert sorted(seen.wait_idle().splitlines()) == ["theirs answered", "wrote 1 bytes to a"]
 
 
@@ -529,8 +536,7 @@ def test_lost_beats_do_not_end_a_runner(emulator: Emulator) -> None:
     fault = emulator.fault("work.heartbeat", "lose_response")
     emulator.wait_until(lambda: fault.hits == 1, WAIT_SECONDS)
     seen.wait_until(lambda: any(beat.status == 412 for beat in seen.requests("work.heartbeat")))
-    (left,) = emulator.pending_calls(seen.session)
-    emulator.send(seen.session, {"type": "user.custom_tool_result", "custom_tool_use_id": left, "content": []})
+    answer_theirs(emulator, seen.session)
     seen.wait_stopped()
     assert (seen.results()[-1], seen.claims()) == ((False, "wrote 1 bytes to a"), 1)
 

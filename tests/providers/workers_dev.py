@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import httpx2
 import pytest
@@ -18,9 +19,9 @@ from tools import typescript
 from tools.emulator import Emulator, RequestRecord
 from tools.sync_shared import ROOT
 
-START_SECONDS = 60.0
-WAIT_SECONDS = 40.0
-STOP_SECONDS = 15.0
+START_SECONDS = 120.0
+WAIT_SECONDS = 60.0
+STOP_SECONDS = 30.0
 SWEEP_PATH = "/cdn-cgi/handler/scheduled"
 
 
@@ -32,6 +33,18 @@ def workspace(name: str) -> Path:
         if os.environ.get("CI"):
             pytest.fail(str(error))
         pytest.skip(str(error))
+
+
+def settings_for(emulator: Emulator, **more: str) -> dict[str, str]:
+    """What a Worker needs to serve the emulator's environment. It waits shortly for a next message."""
+    return {
+        "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
+        "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
+        "ANTHROPIC_BASE_URL": emulator.url,
+        "ANTHROPIC_WEBHOOK_SIGNING_KEY": emulator.webhook_key,
+        "SANDBOX_MAX_IDLE_SECONDS": "0.2",
+        **more,
+    }
 
 
 class WorkersDev:
@@ -55,6 +68,13 @@ class WorkersDev:
     def log(self) -> str:
         """All that was printed so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self) -> None:
         """Returns once it answers. The second time it listens where it did the first time."""

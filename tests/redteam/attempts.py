@@ -1,7 +1,10 @@
-"""The table of attempts: what a hostile agent tries in its sandbox. `hostile.py` has the code of most; those that need
-the SDK's file tools, a second turn or a host that looks on are in `suite.py`.
+"""The tables of attempts: what a hostile agent tries in its sandbox.
 
-SECURITY.md shows this table with a column per provider (`make sync`).
+`ATTEMPTS` is for sandboxes that run commands: `hostile.py` has the code of most; those that need the SDK's file tools,
+a second turn or a host that looks on are in `suite.py`. `FILE_ATTEMPTS` is for sandboxes without a shell, where the
+agent has the file tools and nothing else: `file_suite.py`.
+
+SECURITY.md shows the tables with a column per provider (`make sync`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ Group = Literal[
     "Using everything up",
     "The session",
     "Staying",
+    "The way out",
 ]
 
 
@@ -75,3 +79,25 @@ ATTEMPTS = (
 )  # fmt: skip
 
 NAMES = tuple(attempt.name for attempt in ATTEMPTS)
+
+FILE_ATTEMPTS = (
+    Attempt("paths", "The credential", "leave the working directory: `..`, absolute, doubled, encoded, with a NUL"),
+    Attempt("token", "The credential", "find the session's token, a key or a setting with any tool, in any place"),
+    Attempt("queries", "The credential", "break out of the file system's queries with a path, a pattern or a content"),
+    Attempt("other-sessions", "Others", "find another session's files"),
+    Attempt("other-memory", "Others", "reach a memory store that is not the session's, or what lies beside a mount"),
+    Attempt("read-only-memory", "Others", "change a memory store that it may only read"),
+    Attempt("slow-patterns", "Using everything up", "hold up others with a pattern that is slow elsewhere"),
+    Attempt("big-file", "Using everything up", "write one file larger than the limit"),
+    Attempt("disk", "Using everything up", "write more than the session's files may take"),
+    Attempt("names", "Using everything up", "do so with names and directories"),
+    Attempt("output", "Using everything up", "drown the runner in what a tool prints"),
+    Attempt("shapes", "The session", "strand it with inputs of another shape than the tool's"),
+    Attempt("wreck", "The session", "strand it by putting files where the next runner wants directories"),
+    Attempt("forged-log", "The runner", "write lines into the runner's log"),
+    Attempt("download", "The way out", "have a person's browser run what it wrote"),
+    Attempt("strangers", "The way out", "have a stranger read its files, or another session's, without the key"),
+)  # fmt: skip
+
+TABLES: dict[str, tuple[Attempt, ...]] = {"commands": ATTEMPTS, "files": FILE_ATTEMPTS}
+"""By what an agent has in a sandbox."""

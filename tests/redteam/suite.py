@@ -130,7 +130,7 @@ class RedTeam:
     # --- the test ----------------------------------------------------------------------------------------------------
 
     async def test_the_statements_are_true(self, attacked: dict[str, Verdict]) -> None:
-        _assert_true({name: each for name, each in self.stated().items() if name not in SABOTAGE}, attacked)
+        assert_true({name: each for name, each in self.stated().items() if name not in SABOTAGE}, attacked)
 
     async def test_the_statements_about_sabotage_are_true(self, tmp_path: Path) -> None:
         stated = {name: each for name, each in self.stated().items() if name in SABOTAGE}
@@ -141,7 +141,7 @@ class RedTeam:
             world = World(emulator, self.core, self._recorded, tmp_path / "sandboxes")
             verdicts = await Sabotage(world.host(), tried, self.isolated).run()
             await world.close()
-        _assert_true(stated, verdicts)
+        assert_true(stated, verdicts)
 
     # --- how it is done ----------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class RedTeam:
             return await campaign.run(tried)
 
 
-def _assert_true(stated: dict[str, statements.Statement], verdicts: dict[str, Verdict]) -> None:
+def assert_true(stated: dict[str, statements.Statement], verdicts: dict[str, Verdict]) -> None:
     tried = {name: each for name, each in stated.items() if each.outcome != "not_tried"}
     wrong = [
         f"{name} is stated to be {each.outcome}, but: {verdicts[name].evidence or 'no evidence'}"

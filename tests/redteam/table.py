@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tests.redteam.attempts import ATTEMPTS
-from tests.redteam.statements import DIRECTORY, read
+from tests.redteam.attempts import TABLES, Attempt
+from tests.redteam.statements import DIRECTORY, Statement, read, sandbox_of
 
 BEGIN = "<!-- attempts:begin -->"
 END = "<!-- attempts:end -->"
+_INTRODUCED = {
+    "commands": [],
+    "files": ["Where there is no shell, the agent has the file tools and nothing else:", ""],
+}
 
 
 def table(directory: Path = DIRECTORY) -> str:
-    """The Markdown between the markers: a column per provider, and the reasons below. Raises `StatementError`."""
-    stated = {path.stem: read(path.stem, directory) for path in sorted(directory.glob("*.toml"))}
+    """The Markdown between the markers: for each kind of sandbox a table with a column per provider, and the reasons
+    below. Raises `StatementError`."""
+    providers = sorted(path.stem for path in directory.glob("*.toml"))
     reasons: list[str] = []
-    lines = [f"| An agent tries to | {' | '.join(stated)} |", f"| --- |{' --- |' * len(stated)}"]
+    parts = []
+    for sandbox, attempts in TABLES.items():
+        stated = {name: read(name, directory) for name in providers if sandbox_of(name, directory) == sandbox}
+        if stated:
+            parts.append("\n".join([*_INTRODUCED[sandbox], *_rows(attempts, stated, reasons)]))
+    return "\n\n".join([*parts, "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
+
+
+def _rows(
+    attempts: Iterable[Attempt], stated: Mapping[str, Mapping[str, Statement]], reasons: list[str]
+) -> Iterator[str]:
+    """A table's lines. Takes the reasons down that it refers to."""
+    yield f"| An agent tries to | {' | '.join(stated)} |"
+    yield f"| --- |{' --- |' * len(stated)}"
     group = ""
-    for attempt in ATTEMPTS:
+    for attempt in attempts:
         if attempt.group != group:
             group = attempt.group
-            lines.append(f"| **{group}** |{'  |' * len(stated)}")
+            yield f"| **{group}** |{'  |' * len(stated)}"
         cells = []
         for provider, statements in stated.items():
             statement = statements[attempt.name]
@@ -32,8 +51,7 @@ def table(directory: Path = DIRECTORY) -> str:
                 reasons.append(reason)
             words = "**not defended**" if statement.outcome == "not_defended" else "not tried"
             cells.append(f"{words} ({reasons.index(reason) + 1})")
-        lines.append(f"| {attempt.goal} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))])
+        yield f"| {attempt.goal} | {' | '.join(cells)} |"
 
 
 def filled(page: str, content: str) -> str:

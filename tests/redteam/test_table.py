@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.redteam import __main__ as command
-from tests.redteam import suite
-from tests.redteam.attempts import ATTEMPTS, NAMES
+from tests.redteam import file_suite, suite
+from tests.redteam.attempts import ATTEMPTS, FILE_ATTEMPTS, NAMES
 from tests.redteam.statements import DIRECTORY, Statement, StatementError, read
 from tests.redteam.table import BEGIN, END, table
 
@@ -48,6 +48,8 @@ def test_what_a_file_does_not_name_is_defended(tmp_path: Path) -> None:
         ("[[not_tried]]\nwhy = 'x'\nattempts = ['disk', 'disk']", "disk is there twice"),
         ("[[defended]]\nwhy = 'x'\nattempts = ['disk']", "defended: expected"),
         ("[[", "mine.toml: "),
+        ("sandbox = 'none'", "expected one of commands, files"),
+        ("sandbox = 'files'\n[[not_tried]]\nwhy = 'x'\nattempts = ['metadata']", "metadata is no attempt"),
     ],
 )
 def test_a_statement_that_cannot_be_understood_is_named(text: str, words: str, tmp_path: Path) -> None:
@@ -67,6 +69,27 @@ def test_the_table_has_a_row_per_attempt_a_column_per_provider_and_each_reason_o
     assert rows[goals["loopback"]] == ["**not defended** (1)", "defended |"]
     assert rows[goals["metadata"]] == ["**not defended** (1)", "not tried (2) |"]
     assert lines[-2:] == ["1. one: It is open.", "2. two: It is far."]
+
+
+def test_sandboxes_without_a_shell_have_a_table_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "one.toml").write_text('[[not_tried]]\nwhy = "It is far."\nattempts = ["metadata"]\n')
+    files = 'sandbox = "files"\n[[not_defended]]\nwhy = "It is open."\nattempts = ["paths"]\n'
+    (tmp_path / "two.toml").write_text(files)
+    lines = table(tmp_path).splitlines()
+    heads = [at for at, line in enumerate(lines) if line.startswith("| An agent tries to")]
+    assert [lines[at] for at in heads] == ["| An agent tries to | one |", "| An agent tries to | two |"]
+    first, second = lines[: heads[1]], lines[heads[1] :]
+    assert {f"| {attempt.goal} |" for attempt in FILE_ATTEMPTS} == {
+        line.removesuffix(" defended |").removesuffix(" **not defended** (2) |")
+        for line in second
+        if "defended" in line
+    }
+    assert sum("defended" in line or "not tried" in line for line in first) == len(ATTEMPTS)
+    assert lines[-2:] == ["1. one: It is far.", "2. two: It is open."]
+
+
+def test_every_attempt_without_a_shell_has_its_code() -> None:
+    assert {attempt.name for attempt in FILE_ATTEMPTS} == set(file_suite.TRIES)
 
 
 def test_an_old_table_is_found_and_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,16 +68,20 @@ function heardStream(response: Response, log: EventLog, over: AbortSignal): Resp
         else over.addEventListener("abort", end, { once: true });
       },
       async pull(controller) {
-        const { done, value } = await reader.read();
-        if (done) return controller.close();
-        for (const event of frames.add(value)) {
-          if (log.readings === before) {
-            await reader.cancel();
-            return controller.error(new APIConnectionError({ message: "the event log was not read" }));
+        for (;;) {
+          const { done, value } = await reader.read();
+          if (done) return controller.close(); // within a frame: the SDK would not use half of one either
+          const heard = frames.add(value);
+          if (heard === undefined) continue;
+          for (const event of heard.events) {
+            if (log.readings === before) {
+              await reader.cancel();
+              return controller.error(new APIConnectionError({ message: "the event log was not read" }));
+            }
+            log.note(event);
           }
-          log.note(event);
+          return controller.enqueue(heard.bytes);
         }
-        controller.enqueue(value);
       },
       cancel: (reason) => reader.cancel(reason),
     },
@@ -86,19 +90,46 @@ function heardStream(response: Response, log: EventLog, over: AbortSignal): Resp
   return new Response(body, { status: response.status, headers: response.headers });
 }
 
-/** Server-sent events out of chunks that end anywhere. Only the `data` of complete frames is of interest. */
+/**
+ * Server-sent events out of chunks that end anywhere. Only the `data` of complete frames is of interest.
+ *
+ * A frame is handed on in one piece, because the SDK looks through all it has with every piece it gets: an event of many
+ * megabytes in small ones would keep the isolate busy for as long as an agent likes.
+ */
 class Frames {
   readonly #decoder = new TextDecoder();
-  #rest = "";
+  #chunks: Uint8Array[] = [];
+  #texts: string[] = [];
+  #end = "";
 
-  add(chunk: Uint8Array): SessionEvent[] {
-    const frames = (this.#rest + this.#decoder.decode(chunk, { stream: true })).split(/\r?\n\r?\n/);
-    this.#rest = frames.pop() ?? "";
-    return frames.flatMap((frame) => {
+  /** The bytes up to the end of `chunk` and the events in them, once a frame is complete. */
+  add(chunk: Uint8Array): { bytes: Uint8Array; events: SessionEvent[] } | undefined {
+    const text = this.#decoder.decode(chunk, { stream: true });
+    this.#chunks.push(chunk);
+    this.#texts.push(text);
+    const isComplete = /\n\r?\n/.test(this.#end + text);
+    this.#end = (this.#end + text).slice(-2);
+    if (!isComplete) return undefined;
+    const frames = this.#texts.join("").split(/\r?\n\r?\n/);
+    const bytes = joined(this.#chunks);
+    this.#chunks = [];
+    this.#texts = [frames.pop() ?? ""];
+    const events = frames.flatMap((frame) => {
       const lines = frame.split(/\r?\n/).filter((line) => line.startsWith("data:"));
       return parsed(lines.map((line) => line.slice("data:".length)).join("\n"));
     });
+    return { bytes, events };
   }
+}
+
+function joined(chunks: readonly Uint8Array[]): Uint8Array {
+  const bytes = new Uint8Array(chunks.reduce((size, chunk) => size + chunk.byteLength, 0));
+  let at = 0;
+  for (const chunk of chunks) {
+    bytes.set(chunk, at);
+    at += chunk.byteLength;
+  }
+  return bytes;
 }
 
 function parsed(data: string): SessionEvent[] {

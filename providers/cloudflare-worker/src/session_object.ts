@@ -92,11 +92,10 @@ export class SessionObject extends DurableObject<SessionEnv> {
     this.#state.create();
     this.#files(launch.maxFilesBytes).create();
     const before = this.#state.launch();
-    if (before !== undefined) {
-      this.#ensureRunning(before);
-      const answer = await this.#challenge(launch.job);
-      if (answer !== "free") return answer;
-    }
+    if (before !== undefined) this.#ensureRunning(before);
+    // Also where nothing is stored any more: that runner may be in its last step.
+    const answer = await this.#challenge(launch.job);
+    if (answer !== "free") return answer;
     this.#put(files, launch);
     this.#state.begin(launch);
     await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
@@ -173,14 +172,14 @@ export class SessionObject extends DurableObject<SessionEnv> {
   async #end(launch: Launch): Promise<void> {
     this.#state.end();
     await this.ctx.storage.setAlarm(Date.now() + launch.retentionSeconds * 1000);
+    void this.#tellDispatcher(launch.job.sessionId); // the next runner need not wait for that
+  }
+
+  async #tellDispatcher(session: string): Promise<void> {
     try {
-      await this.env.DISPATCHER.getByName(DISPATCHER_NAME).ended(launch.job.sessionId);
+      await this.env.DISPATCHER.getByName(DISPATCHER_NAME).ended(session);
     } catch (error) {
-      log.warning("ended", {
-        session: launch.job.sessionId,
-        error,
-        reason: "the dispatcher learns it from its next sweep",
-      });
+      log.warning("ended", { session, error, reason: "the dispatcher learns it from its next sweep" });
     }
   }
 

@@ -2,7 +2,7 @@
 
 import { env, runDurableObjectAlarm, runInDurableObject } from "cloudflare:test";
 import type { BetaSelfHostedWork } from "@anthropic-ai/sdk/resources/beta/environments/work";
-import { afterEach, describe, expect, it } from "vitest";
+import { afterEach, describe, expect, it, vi } from "vitest";
 import { openClient } from "../_shared/api.ts";
 import { ackAndClaim } from "../_shared/claim.ts";
 import { EventLog } from "../_shared/events.ts";
@@ -35,7 +35,10 @@ async function ask<T>(method: string, path: string, body?: unknown): Promise<T> 
 }
 
 /** A session whose agent does `steps` and whose item is reserved, not acked. */
-async function reserved(steps: unknown[], settings: Record<string, string> = {}): Promise<{ job: Job; id: string }> {
+async function reserved(
+  steps: unknown[],
+  settings: Record<string, string> = {},
+): Promise<{ job: Job; id: string; next: () => Promise<Job> }> {
   const { environment_id, environment_key } = await ask<Record<string, string>>("POST", "environments", {});
   const all = {
     ANTHROPIC_ENVIRONMENT_ID: environment_id,
@@ -47,8 +50,12 @@ async function reserved(steps: unknown[], settings: Record<string, string> = {})
   await ask("POST", "script", { steps });
   await ask("POST", "sessions", { text: "go", environment_id });
   const client = openClient(environment_key ?? "", env.EMULATOR_URL, { maxRetries: 0, timeout: 5_000 });
-  const item = (await client.beta.environments.work.poll(environment_id ?? "")) as BetaSelfHostedWork;
-  return { job: jobFrom(item, readSettings(all)), id: item.data.id };
+  const next = async (): Promise<Job> => {
+    const item = (await client.beta.environments.work.poll(environment_id ?? "")) as BetaSelfHostedWork;
+    return jobFrom(item, readSettings(all));
+  };
+  const job = await next();
+  return { job, id: job.sessionId, next };
 }
 
 function objectOf(id: string): DurableObjectStub<SessionObject> {
@@ -61,6 +68,11 @@ function start(job: Job): Promise<string> {
 
 function emulated(id: string): Promise<Emulated> {
   return ask<Emulated>("GET", `sessions/${id}`);
+}
+
+function say(id: string, text: string): Promise<unknown> {
+  const content = [{ type: "text", text }];
+  return ask("POST", `sessions/${id}/events`, { events: [{ type: "user.message", content }] });
 }
 
 async function until(id: string, isThere: (seen: Emulated) => boolean): Promise<Emulated> {
@@ -127,6 +139,34 @@ describe.skipIf(env.EMULATOR_URL === "")("a session's object", () => {
     const seen = await until(id, isStopped);
     expect(seen.events.at(-1)?.type).toBe("session.status_idle"); // the call is still theirs to answer
     expect(await claims(id)).toBe(1);
+  });
+
+  it("serves what comes while its last runner ends, at once and not with the next alarm", async () => {
+    const { job, id, next } = await reserved([WRITE, "end", WRITE, "end"]);
+    await runInDurableObject(objectOf(id), async (object, state) => {
+      let opened = (): void => undefined;
+      const gate = new Promise<void>((resolve) => {
+        opened = resolve;
+      });
+      const setAlarm = state.storage.setAlarm.bind(state.storage);
+      // The alarm of an end is far away. Whoever waits for it is between two runners.
+      vi.spyOn(state.storage, "setAlarm").mockImplementation(async (at) => {
+        await setAlarm(at);
+        if (Number(at) - Date.now() > 40_000) await gate;
+      });
+      const launch = { maxFilesBytes: 64 * MIB, retentionSeconds: 60 };
+      await object.start({ job, ...launch });
+      await until(id, isStopped);
+      await say(id, "again");
+      const again = object.start({ job: await next(), ...launch });
+      setTimeout(opened, 100);
+      expect(await again).toBe("ready");
+      await until(
+        id,
+        (seen) => isStopped(seen) && seen.events.filter(({ type }) => type === "user.message").length === 2,
+      );
+    });
+    expect(await claims(id)).toBe(2);
   });
 
   it("stores nothing for a session that nobody started", async () => {
