@@ -7,6 +7,7 @@ the sidecar that it puts beside each container (tests/fakes/containers says what
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -28,6 +29,17 @@ def environment(folder: Path) -> dict[str, str]:
     } | ({"TEST_BASE_IMAGE": found} if found else {})
 
 
+def altered_copy(folder: Path, directory: Path, file: str, old: str, new: str) -> Path:
+    """The folder as somebody would have it who changed one file of it."""
+    copy = directory / folder.name
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("node_modules", ".wrangler"))
+    (copy / "node_modules").symlink_to(folder / "node_modules")
+    text = (copy / file).read_text(encoding="utf-8")
+    assert old in text
+    (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+    return copy
+
+
 class ContainersDev(WorkersDev):
     """Its Worker has a name of its own, by which its containers are found; `remove_all` removes them."""
 
@@ -42,9 +54,6 @@ class ContainersDev(WorkersDev):
         """The names of the sandboxes that run, without their sidecars."""
         found = docker("ps", "--filter", f"name=workerd-{self._name}-", "--format", "{{.Names}}").split()
         return [name for name in found if not name.endswith("-proxy")]
-
-    def sidecars(self) -> list[str]:
-        return docker("ps", "--filter", f"name=workerd-{self._name}-.*-proxy", "--format", "{{.Names}}").split()
 
     def until_no_containers(self) -> None:
         deadline = time.monotonic() + WAIT_SECONDS

@@ -16,7 +16,7 @@ import { linesOf, readReady, sayIn } from "./runner_log.ts";
 import { exitCode, Sandbox, SandboxRefused, type SandboxState } from "./sandbox.ts";
 import { Workspaces } from "./workspaces.ts";
 
-const TICK_MS = 30_000; // between two looks at a container that works
+const TICK_MS = 15_000; // between two looks at a container that works
 const START_MS = 80_000; // below the dispatcher's budget for a launch: a runner that starts later finds nobody who waits
 const SILENT_MS = 300_000; // a container whose first process does not answer for so long is ended
 const MAX_SAVES = 5; // attempts, a look apart

@@ -10,7 +10,10 @@ import argparse
 import asyncio
 import contextlib
 import sys
+from pathlib import Path
 
+CUT = Path("/cut")  # while a test has this file here, a connection ends once the container has sent so much in it
+CUT_BYTES = 1 << 20
 REFUSED = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"
 CONNECTED = b"HTTP/1.1 200 OK\r\n\r\n"
 EMPTY = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
@@ -37,13 +40,17 @@ async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, por
         await writer.drain()
         return
     writer.write(CONNECTED)
-    await asyncio.gather(pipe(reader, up_writer), pipe(up_reader, writer))
+    await asyncio.gather(pipe(reader, up_writer), pipe(up_reader, writer, CUT))
     up_writer.close()
 
 
-async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: Path | None = None) -> None:
+    passed = 0
     with contextlib.suppress(OSError):
         while chunk := await reader.read(1 << 16):
+            passed += len(chunk)
+            if passed > CUT_BYTES and cut and cut.exists():  # noqa: ASYNC240 - a look at memory
+                break
             writer.write(chunk)
             await writer.drain()
     with contextlib.suppress(OSError):

@@ -1,0 +1,142 @@
+"""providers/cloudflare-container/container/sandbox_init.py: what it packs, unpacks and refuses, without a container."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.folders import Folder
+from tools.sync_shared import ROOT
+
+init = Folder(ROOT / "providers/cloudflare-container/container").module("sandbox_init")
+PLENTY = 1 << 30
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Any:
+    return make(tmp_path / "one")
+
+
+def make(directory: Path) -> Any:
+    """A sandbox that has no files yet."""
+    for name in ("workspace", "state"):
+        (directory / name).mkdir(parents=True)
+    return init.Sandbox(directory / "workspace", directory / "state")
+
+
+def workspace(sandbox: Any) -> Path:
+    path: Path = sandbox._workdir
+    return path
+
+
+def archive(sandbox: Any, most: int = PLENTY) -> bytes:
+    with sandbox.archive(most) as (file, size, sha256):
+        content: bytes = file.read()
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (size, sha256)
+    return content
+
+
+def restore(sandbox: Any, content: bytes, sha256: str | None = None, size: int | None = None) -> None:
+    digest = sha256 or hashlib.sha256(content).hexdigest()
+    sandbox.restore(io.BytesIO(content), len(content) if size is None else size, digest)
+
+
+def test_what_was_packed_is_unpacked(sandbox: Any, tmp_path: Path) -> None:
+    restore(sandbox, b"")
+    files = workspace(sandbox)
+    (files / "deep/er").mkdir(parents=True)
+    (files / "deep/er/file").write_text("content")
+    (files / "program").write_text("#!/bin/sh\n")
+    (files / "program").chmod(0o775)
+    (files / "link").symlink_to("/etc/passwd")
+    (files / "twin").hardlink_to(files / "program")
+    os.mkfifo(files / "pipe")
+    with (files / "sparse").open("wb") as sparse:
+        sparse.truncate(1 << 32)
+    (files / "shut").mkdir()
+    (files / "shut/in").write_text("found")
+    (files / "shut").chmod(0)
+    content = archive(sandbox)
+    assert len(content) < 1 << 20
+
+    other = make(tmp_path / "other")
+    restore(other, content)
+    found = workspace(other)
+    assert (found / "deep/er/file").read_text() == "content"
+    assert (found / "program").stat().st_mode & 0o777 == 0o775
+    assert (found / "program").samefile(found / "twin")
+    assert os.readlink(found / "link") == "/etc/passwd"
+    assert (found / "pipe").is_fifo()
+    assert (found / "shut/in").read_text() == "found"
+    status = (found / "sparse").stat()
+    assert (status.st_size, status.st_blocks < 1024) == (1 << 32, True)
+
+
+def test_a_save_has_a_limit(sandbox: Any) -> None:
+    restore(sandbox, b"")
+    (workspace(sandbox) / "noise").write_bytes(os.urandom(1 << 20))
+    with pytest.raises(init.Refused, match="more than 1000000 bytes") as refused:
+        archive(sandbox, 1_000_000)
+    assert refused.value.status == 413
+    (workspace(sandbox) / "noise").unlink()
+    archive(sandbox, 1_000_000)
+
+
+def test_an_archive_that_is_not_the_saved_one_is_refused(sandbox: Any, tmp_path: Path) -> None:
+    restore(sandbox, b"")
+    (workspace(sandbox) / "noise").write_bytes(os.urandom(1 << 16))
+    content = archive(sandbox)
+    wrong: list[tuple[bytes, dict[str, Any]]] = [
+        (content, {"sha256": "0" * 64}),
+        (content[:-10], {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}),  # it broke off
+        (content[:-10], {}),  # cut before it was saved
+        (b"no archive", {}),
+    ]
+    for number, (damaged, stated) in enumerate(wrong):
+        other = make(tmp_path / str(number))
+        with pytest.raises(init.Refused) as refused:
+            restore(other, damaged, **stated)
+        assert refused.value.status == 422
+        assert other.state()["fresh"], "it would start a runner"
+        with pytest.raises(init.Refused, match="has not got its files"):
+            other.start({}, b"{}")
+
+
+def test_an_archive_stays_in_the_workspace(sandbox: Any) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("../outside"))
+    with pytest.raises(init.Refused, match="tar failed"):
+        restore(sandbox, packed.getvalue())
+    assert not (workspace(sandbox).parent / "outside").exists()
+
+
+def test_files_are_restored_once_and_saved_only_then(sandbox: Any) -> None:
+    with pytest.raises(init.Refused, match="nothing to save"):
+        archive(sandbox)
+    restore(sandbox, b"")
+    with pytest.raises(init.Refused, match="has files already"):
+        restore(sandbox, b"")
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])
+def test_a_brought_file_is_put_below_the_workspace_only(sandbox: Any, name: str) -> None:
+    restore(sandbox, b"")
+    with pytest.raises(init.Refused, match="not below"):
+        sandbox.start({name: b"x"}, b"{}")
+    assert not (workspace(sandbox).parent / "out").exists()
+
+
+def test_a_brought_file_replaces_what_the_agent_left_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("untouched")
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs/file").symlink_to(tmp_path / "target")
+    init._write(tmp_path, "inputs/file", b"brought")
+    assert (tmp_path / "inputs/file").read_bytes() == b"brought"
+    assert (tmp_path / "target").read_text() == "untouched"
