@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 
 from tests.providers import docker_support
-from tools.emulator import Emulator
-from tools.sync_shared import ROOT, VENDORED, folders, own_modules
+from tests.providers.workers_dev import WorkersDev, settings_for, workspace
+from tools.emulator import Emulator, call, end, repeat_output, tools
+from tools.sync_shared import ROOT, VENDORED, folders, own_modules, typescript_folders
 
 SERVE_SECONDS = 45.0  # below the minute after which a sweep would serve without a webhook
 WEBHOOK_PATH = "/webhook"
@@ -35,6 +36,10 @@ SERVERS: dict[str, dict[str, str] | None] = {
     "local": {"LOCAL_ROOT": "{directory}/sandboxes", "ALLOW_UNISOLATED_TOOLS": "true"},
     "modal": None,
     "vercel": None,  # tests/providers/test_vercel_build.py: `vercel build` of a copy, run by Vercel's runtime
+}
+WORKERS: dict[str, bool] = {
+    "cloudflare-container": False,  # its sandboxes are containers: tests/providers/test_cloudflare_container.py
+    "cloudflare-worker": True,
 }
 SERVED = [
     pytest.param(name, marks=docker_support.needs_docker if name == "docker" else [])
@@ -156,6 +161,7 @@ def _status_of_an_unsigned_webhook(address: str) -> int:
 
 def test_every_folder_is_copied_out() -> None:
     assert sorted(SERVERS) == [folder.name for folder in folders(ROOT)]
+    assert sorted(WORKERS) == [folder.name for folder in typescript_folders(ROOT)]
 
 
 @pytest.mark.parametrize("copy", SERVERS, indirect=True)
@@ -194,3 +200,29 @@ def test_a_copy_serves_a_session_when_a_signed_webhook_arrives(copy: Copy, tmp_p
 def test_a_copy_serves_a_session_as_an_always_on_poller(copy: Copy, tmp_path: Path) -> None:
     with _emulator(copy) as emulator, _running(copy, emulator, tmp_path, "-m", f"{VENDORED}.worker"):
         assert "the answer is 42" in _say(emulator, "echo the answer is $((6 * 7))")
+
+
+@pytest.mark.timeout(300)  # the first test of a process may install
+@pytest.mark.parametrize("name", [name for name, is_served in WORKERS.items() if is_served])
+def test_a_copy_of_a_worker_serves_a_session_when_a_signed_webhook_arrives(name: str, tmp_path: Path) -> None:
+    """As its README says: `.env` made of `.env.example`, `npx wrangler dev`."""
+    folder, copy = ROOT / "providers" / name, tmp_path / "copy"
+    left_behind = shutil.ignore_patterns("node_modules", ".wrangler", ".env", ".dev.vars")
+    shutil.copytree(folder, copy, ignore=left_behind)
+    (copy / "node_modules").symlink_to(workspace(name) / "node_modules")  # what `npm ci` made of this very lock
+    with Emulator() as emulator:
+        env = (copy / ".env.example").read_text(encoding="utf-8")
+        for key, value in settings_for(emulator).items():
+            env, count = re.subn(rf"^(?:# )?{key}=.*$", f"{key}={value}", env, flags=re.MULTILINE)
+            assert count == 1, f".env.example has no place for {key}"
+        (copy / ".env").write_text(env, encoding="utf-8")
+        with WorkersDev(copy, tmp_path, None) as dev:
+            assert 400 <= dev.request("POST", WEBHOOK_PATH, content=b"{}").status_code < 500
+            emulator.set_webhook_url(f"{dev.url}{WEBHOOK_PATH}")
+            session = emulator.create_session()
+            write = call("write", file_path="answer", content="the answer is 42")
+            emulator.set_script(session, [tools(write), tools(call("read", file_path="answer")), repeat_output, end()])
+            emulator.say(session, "go")
+            emulator.wait_idle(session, 60)
+            assert "the answer is 42" in str(emulator.events(session, "agent.message"))
+            assert emulator.deliveries[0].is_ok

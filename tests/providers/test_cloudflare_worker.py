@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.providers.workers_dev import WAIT_SECONDS, Seen, WorkersDev, workspace
+from tests.providers.workers_dev import WAIT_SECONDS, Seen, WorkersDev, settings_for, workspace
 from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS, RECLAIM_SECONDS
 from tools import typescript
 from tools.emulator import Emulator, Step, Switches, call, custom, end, repeat_output, tools
@@ -453,9 +453,32 @@ def test_an_item_without_a_secret_is_refused(emulator: Emulator, dev: WorkersDev
     emulator.switch(secret="null")
     since = len(dev.log)
     seen = ask(emulator, write("a", "1"), end())
-    dev.until_logged(f"action=refused work={seen.session} .*no usable secret", since)
+    dev.until_logged(f"action=refused work={seen.session} .*no usable secret.*ALLOW_ENVIRONMENT_KEY_IN_SANDBOX", since)
     assert seen.state == "queued"
     emulator.delete_session(seen.session)
+
+
+def test_with_other_settings_it_serves_items_without_a_secret_and_brings_files(folder: Path, tmp_path: Path) -> None:
+    """ALLOW_ENVIRONMENT_KEY_IN_SANDBOX, SANDBOX_STAGE_FILES. One `wrangler dev` shows both."""
+    more = {"ALLOW_ENVIRONMENT_KEY_IN_SANDBOX": "true", "SANDBOX_STAGE_FILES": "true"}
+    with Emulator() as emulator, WorkersDev(folder, tmp_path, settings_for(emulator, **more)) as dev:
+        emulator.set_webhook_url(f"{dev.url}/webhook")
+        emulator.switch(secret="null")
+        seen = ask(emulator, write("a", "1"), end())
+        seen.wait_stopped()
+        assert seen.results() == [(False, "wrote 1 bytes to a")]
+        assert {record.credential for record in seen.requests("events.send")} == {"environment_key"}
+        assert emulator.environment_key not in dev.log
+
+        emulator.switch(secret="present", sessions_token_may_read_skills=False)
+        skill = emulator.add_skill("greeter", SKILL, "zip")
+        paths = ("skills/greeter/bin/greet", "inputs/ERRORS.txt")
+        steps = [step for path in paths for step in (read(path), repeat_output)]
+        seen = ask(emulator, *steps, end(), skills=[skill], metadata={"input:a": "http://files.example/a"})
+        seen.wait_stopped()
+        assert seen.results() == [(False, "echo hello\n"), (False, "a: it is not https\n")]
+        dev.until_logged(f"action=stage session={seen.session} reason=.2 files of skills, 1 of inputs", 0)
+        assert "is left out" not in dev.log
 
 
 def test_a_healthcheck_is_stopped(emulator: Emulator, dev: WorkersDev) -> None:

@@ -50,7 +50,8 @@ def settings_for(emulator: Emulator, **more: str) -> dict[str, str]:
 class WorkersDev:
     """One `wrangler dev`, which can be killed and started again on the same storage."""
 
-    def __init__(self, folder: Path, directory: Path, settings: dict[str, str], **environ: str) -> None:
+    def __init__(self, folder: Path, directory: Path, settings: dict[str, str] | None, **environ: str) -> None:
+        """Runs `folder`; its state and its log are kept in `directory`. Without settings it has those of its `.env`."""
         self._folder = folder
         self._environ = environ
         self._directory = directory
@@ -58,7 +59,10 @@ class WorkersDev:
         self._log.touch()
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
-        (directory / "settings").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+        self._env_file: list[str] = []
+        if settings is not None:
+            self._env_file = ["--env-file", str(directory / "settings")]
+            (directory / "settings").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
 
     @property
     def url(self) -> str:
@@ -80,7 +84,7 @@ class WorkersDev:
         """Returns once it answers. The second time it listens where it did the first time."""
         said = len(self.log)
         argv = [typescript.program(self._folder, "wrangler"), "dev", "--ip", "127.0.0.1", "--port", str(self._port)]
-        argv += ["--inspector-port", "0", "--env-file", str(self._directory / "settings"), "--live-reload=false"]
+        argv += ["--inspector-port", "0", "--live-reload=false", *self._env_file]
         argv += ["--persist-to", str(self._directory / "state"), "--show-interactive-dev-session=false"]
         argv += self.arguments()
         with self._log.open("ab") as log:
