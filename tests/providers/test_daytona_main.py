@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from blockbuster import blockbuster_ctx
 
 from tests.fakes.daytona import DaytonaDouble
 from tests.providers.daytona_support import FOLDER, SNAPSHOT, account
@@ -271,3 +272,18 @@ def test_every_missing_setting_is_named() -> None:
     for name in ("ANTHROPIC_ENVIRONMENT_ID", "ANTHROPIC_ENVIRONMENT_KEY", "DAYTONA_API_KEY"):
         assert f"{name} is not set" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+async def test_nothing_blocks_the_loop(
+    emulator: Emulator, daytona: DaytonaDouble, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither a launch nor the status page does: what would block is refused."""
+    caplog.set_level(logging.INFO)
+    ours = [FOLDER.module(name) for name in ("main", "sandbox", "_shared")]
+    async with in_process(environ(emulator, daytona)) as client:
+        with blockbuster_ctx(scanned_modules=ours):
+            await asyncio.to_thread(say, emulator, "echo served")
+            await asyncio.to_thread(until, lambda: "action=launched" in caplog.text)
+            status = await client.get("/status", headers={"authorization": f"Bearer {STATUS_KEY}"})
+            assert status.status_code == 200
+    assert "Blocking" not in caplog.text
