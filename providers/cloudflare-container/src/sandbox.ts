@@ -88,7 +88,7 @@ export class Sandbox {
 
   /** The files as an archive of at most so many bytes, with its size and checksum in the headers. Throws `SandboxRefused`. */
   archive(most: number): Promise<Answer> {
-    return this.#ask("GET", `/workspace?most=${most}`, {}, TRANSFER_MS);
+    return this.#ask("GET", `/workspace?most=${most}`, { signal: AbortSignal.timeout(TRANSFER_MS) });
   }
 
   /** Gives a fresh container its files, or says that there are none. Throws `SandboxRefused`. */
@@ -98,17 +98,18 @@ export class Sandbox {
       return;
     }
     const sized = archive.body.pipeThrough(new FixedLengthStream(archive.size));
-    await this.#ask("PUT", "/workspace", { body: sized, headers: { "x-sha256": archive.sha256 } }, TRANSFER_MS);
+    const headers = { "x-sha256": archive.sha256 };
+    await this.#ask("PUT", "/workspace", { body: sized, headers, signal: AbortSignal.timeout(TRANSFER_MS) });
   }
 
-  async #ask(method: string, path: string, init: RequestInit = {}, ms = ANSWER_MS): Promise<Answer> {
+  async #ask(method: string, path: string, init: RequestInit = {}): Promise<Answer> {
     const headers = { ...init.headers, authorization: `Bearer ${this.#key}` };
-    const late = new AbortController(); // of the answer's beginning; a body may take longer
-    const timer = setTimeout(() => late.abort(), ms);
+    const late = new AbortController(); // where nothing else is said: of the answer's beginning, not of its body
+    const timer = setTimeout(() => late.abort(), ANSWER_MS);
     let response: Response;
     try {
       const port = this.#container.getTcpPort(PORT);
-      response = await port.fetch(`http://sandbox${path}`, { ...init, method, headers, signal: late.signal });
+      response = await port.fetch(`http://sandbox${path}`, { signal: late.signal, ...init, method, headers });
     } catch (error) {
       throw new SandboxRefused(NO_ANSWER, "the container did not answer", { cause: error });
     } finally {

@@ -120,10 +120,14 @@ export class SessionObject extends DurableObject<SessionEnv> {
     }
     Object.assign(session, { unsaved: true, failedSaves: 0, idleSince: undefined });
     this.#store(session);
+    await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
     const me = Symbol(session.id);
     this.#listener = me; // before the runner says anything: an older listener would say it too
-    const { body } = await sandbox.start(launch.stdin, launch.files);
-    const lines = linesOf(body);
+    const answer = await sandbox.start(launch.stdin, launch.files).catch((error: unknown) => {
+      this.#listener = undefined;
+      throw error;
+    });
+    const lines = linesOf(answer.body);
     try {
       return await within(
         until - Date.now(),
@@ -158,6 +162,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
     session.silentSince = undefined;
     this.#store(session);
     await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
+    await this.ctx.storage.sync(); // a container whose key was forgotten would answer nobody
     this.#exit = undefined;
     const sandbox = new Sandbox(this.#container, session.key);
     this.#container.start({ enableInternet: true });
@@ -189,18 +194,15 @@ export class SessionObject extends DurableObject<SessionEnv> {
     const state = await sandbox.state();
     if (state === undefined) return await this.#bear(session);
     session.silentSince = undefined;
-    if (state.runners > 0) {
-      session.idleSince = undefined;
-      this.#store(session);
-      if (this.#listener === undefined) {
-        const me = Symbol(session.id);
-        this.#listener = me;
-        const { body } = await sandbox.follow();
-        this.ctx.waitUntil(this.#listen(session.id, linesOf(body), me));
-      }
-      return await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
-    }
-    await this.#rest(session, state);
+    if (state.runners === 0) return await this.#rest(session, state);
+    session.idleSince = undefined;
+    this.#store(session);
+    await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
+    if (this.#listener !== undefined) return;
+    const answer = await sandbox.follow().catch(unanswered);
+    if (answer === undefined) return; // the next look listens again
+    this.#listener = Symbol(session.id);
+    this.ctx.waitUntil(this.#listen(session.id, linesOf(answer.body), this.#listener));
   }
 
   /** Without a runner: saves the files, keeps the container warm for a while, and ends it. */
@@ -333,6 +335,11 @@ function newSession(id: string): Session {
   const options = { keepWarmSeconds: 0, maxFilesBytes: 0, retentionSeconds: 0 };
   const nothing = { idleSince: undefined, silentSince: undefined, unsaved: false, failedSaves: 0 };
   return { id, options, phase: "asleep", key: "", ...nothing };
+}
+
+function unanswered(error: unknown): undefined {
+  if (!(error instanceof SandboxRefused)) throw error;
+  return undefined;
 }
 
 /** What `work` comes to, unless it takes longer. */
