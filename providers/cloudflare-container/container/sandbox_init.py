@@ -18,6 +18,7 @@ how). Standard library, GNU tar and gzip only.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import hmac
 import io
@@ -25,6 +26,7 @@ import json
 import os
 import queue
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -45,6 +47,7 @@ LINGER_SECONDS = 120.0  # after that, for the files to be saved
 ARCHIVE_SECONDS = 300.0
 _MAX_START_BYTES = 32 << 20  # the files, of which a host brings 20 MiB at most, and the job
 _CHUNK_BYTES = 1 << 16
+_PR_SET_NO_NEW_PRIVS = 38
 _UNREAD_LINES = 10_000  # a Durable Object that stops reading is dropped rather than waited for
 _KILL_ROUNDS = 200  # a process can fork while we look; each round kills what it sees
 _PATIENT_ROUNDS = 5
@@ -87,6 +90,7 @@ class Sandbox:
             if self._fresh or self._stopping or self._archiving:
                 why = "is stopping" if self._stopping else "has not got its files" if self._fresh else "is being saved"
                 raise Refused(409, f"the sandbox {why}")
+            _open_to_us(self._workdir)
             for name, content in files.items():
                 _write(self._workdir, name, content)
             process = subprocess.Popen(
@@ -234,8 +238,8 @@ class Sandbox:
                     os.waitpid(pid, os.WNOHANG)
 
     def _spool_file(self) -> IO[bytes]:
-        """A file without a name. The agent may have shut the directory."""
-        self._spool.chmod(0o700)
+        """A file without a name."""
+        _open_to_us(self._spool)
         return tempfile.TemporaryFile(dir=self._spool)
 
 
@@ -245,6 +249,11 @@ def _put(output: Output, line: bytes | None) -> bool:
     except queue.Full:
         return False
     return True
+
+
+def _open_to_us(directory: Path) -> None:
+    """Undoes that the agent, who is the same user, has shut a directory."""
+    directory.chmod(stat.S_IMODE(directory.stat().st_mode) | stat.S_IRWXU)
 
 
 def _write(workdir: Path, name: str, content: bytes) -> None:
@@ -411,6 +420,10 @@ class Server(ThreadingHTTPServer):
 
 def main() -> None:
     runner_process.hide()
+    if ctypes.CDLL(None, use_errno=True).prctl(
+        _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0
+    ):  # no setuid program helps anybody here
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS) failed")
     Handler.sandbox = Sandbox(Path(os.environ["SANDBOX_WORKDIR"]), Path(os.environ["SANDBOX_STATE_DIR"]))
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
