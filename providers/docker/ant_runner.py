@@ -35,8 +35,9 @@ from _shared.runner_secrets import guard_output
 from _shared.sandbox_runner import emit, state_directory, take, workdir
 
 ANT = Path("/opt/ant/ant")
-_NO_CONFIG = "/opt/ant/none"  # the agent can write ~/.config, where a profile could name another address of the API
+_NO_CONFIG = "/opt/ant/none"  # `ant` would look for a profile in ~/.config, which the agent can write
 _ACK_RETRIES = 3
+_LEAST_IDLE_SECONDS = 0.01  # none at all would be no limit to it
 
 
 def main() -> int:
@@ -106,7 +107,8 @@ def _serve(job: RunnerJob) -> tuple[int, str]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
-    argv = [str(ANT), "beta:worker", "run", "--workdir", str(workdir()), "--max-idle", f"{job.max_idle_seconds:g}s"]
+    idle = max(job.max_idle_seconds, _LEAST_IDLE_SECONDS)
+    argv = [str(ANT), "beta:worker", "run", "--workdir", str(workdir()), "--max-idle", f"{idle:g}s"]
     try:
         ant = subprocess.Popen(argv, env={**os.environ, **_handed(job)}, stdin=subprocess.DEVNULL)
     except OSError as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 PYTHON = ["/opt/venv/bin/python3", "-E", "-s", "-S"]
 INIT = "/opt/sandbox/sandbox_init.py"
+ENTER = "/opt/sandbox/enter.py"
 # What serves a session, by the name that DOCKER_RUNNER has for it.
 RUNNERS = {
     "python": [PYTHON[0], "-I", "/opt/sandbox/_shared/sandbox_runner.py"],

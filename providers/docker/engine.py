@@ -25,6 +25,7 @@ _TABLE: tuple[tuple[int | None, str, bool, str], ...] = (
     (UNREACHABLE, "", True, "the Docker Engine does not answer: {}"),
     (404, "No such image", False, "the image is not on the Engine: build it (docker build -t NAME .): {}"),
     (404, "network .* not found", False, "DOCKER_EGRESS_NETWORK names no network of the Engine: {}"),
+    (400, "failed to load .*permission denied", False, "DOCKER_RUNTIME needs another image (README, gVisor): {}"),
     (400, "runtime", False, "DOCKER_RUNTIME names no runtime of the Engine: {}"),
     (None, "no space left|disk quota exceeded", False, "the Engine's disk is full: {}"),
     (None, "quota", False, "DOCKER_DISK_MB needs storage with quotas, which this Engine has not: {}"),

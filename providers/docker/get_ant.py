@@ -9,6 +9,7 @@ downloaded, unless a file of its name lies beside this one. Standard library onl
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import platform
 import subprocess
@@ -56,7 +57,10 @@ def main(version: str, sha256: str, directory: Path, releases: str = RELEASES) -
             raise SystemExit(f"{name} holds no file named ant")
         ant.write_bytes(member.read())
     ant.chmod(_MODE)
-    said = subprocess.run([ant, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        said = subprocess.run([ant, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"the ant in {name} does not run here: {error}") from None
     if version not in said.split():
         raise SystemExit(f"the ant in {name} says it is {said!r}, not {version}")
 
@@ -68,7 +72,7 @@ def _archive(name: str, url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_DOWNLOAD_SECONDS) as answer:  # noqa: S310 - https, see above
             content: bytes = answer.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise SystemExit(
             f"{url} cannot be had ({error}): download it elsewhere, and put it beside the Dockerfile"
         ) from None

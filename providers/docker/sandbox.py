@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -23,86 +22,18 @@ import containers
 import egress
 from _shared.errors import LaunchFailed, SettingsError
 from _shared.provider import Launch, SandboxInfo, Started, read_ready
-from _shared.settings import Settings, count, load, setting
+from _shared.settings import Settings, load
 from containers import Limits, Names
+from docker_settings import DockerSettings
 from engine import Engine, mapped, racing
 
-_ENTER = [*containers.PYTHON, containers.INIT, "enter"]
+_ENTER = [*containers.PYTHON, containers.ENTER]
 GRACE_SECONDS = 30  # for a runner to hand over once it is told to; it takes up to 20 s
 _ATTEMPTS = 10  # to find or make a container that others find, make and remove at the same time
 _ATTEMPT_PAUSE_SECONDS = 0.2
 _INSPECTIONS_AT_ONCE = 8
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
 _ENDED = ("created", "exited", "dead", "removing")  # of the Engine's states those in which nothing runs
-
-
-def _hosts(value: str) -> tuple[str, ...]:
-    entries = tuple(entry.strip() for entry in value.split(",") if entry.strip())
-    egress.parse(entries)
-    return entries
-
-
-def _cpus(value: str) -> float:
-    number = float(value)
-    if not 0.01 <= number <= 1024:
-        raise ValueError("expected a number of CPUs, such as 0.5 or 2")
-    return number
-
-
-def _runner(value: str) -> str:
-    if value not in containers.RUNNERS:
-        raise ValueError(f"expected one of: {', '.join(containers.RUNNERS)}")
-    return value
-
-
-def _engine_url(value: str) -> str:
-    if not re.match(r"(unix|tcp|https?)://.", value):
-        raise ValueError("expected unix:///path/to/docker.sock or tcp://host:port")
-    return value
-
-
-@dataclass(frozen=True)
-class DockerSettings:
-    """What this provider needs beside the shared settings."""
-
-    host: str = setting("DOCKER_HOST", "The Docker Engine.", parse=_engine_url, default="unix:///var/run/docker.sock")
-    image: str = setting(
-        "DOCKER_IMAGE", "The sandboxes' image, made by this folder's Dockerfile.", default="sandboxes-docker"
-    )
-    runner: str = setting(
-        "DOCKER_RUNNER",
-        "What serves a session: `python`, this project's runner, or `ant`, the vendor's, where the image has it.",
-        parse=_runner,
-        default="python",
-    )
-    runtime: str | None = setting(
-        "DOCKER_RUNTIME",
-        "An OCI runtime that the Engine knows, such as `runsc` (gVisor). Unset: the Engine's.",
-        default=None,
-    )
-    memory_mb: int = setting(
-        "DOCKER_MEMORY_MB", "Memory of one sandbox, `/tmp` included, in MiB.", parse=count, default=2048
-    )
-    cpus: float = setting("DOCKER_CPUS", "CPUs of one sandbox.", parse=_cpus, default=2.0)
-    pids: int = setting("DOCKER_PIDS", "Processes and threads of one sandbox.", parse=count, default=256)
-    file_mb: int = setting("DOCKER_FILE_MB", "The largest file a sandbox can write, in MiB.", parse=count, default=1024)
-    disk_mb: int | None = setting(
-        "DOCKER_DISK_MB",
-        "Size of each of a session's two volumes, in MiB, where the Engine's storage has quotas (XFS with `pquota`)."
-        " Unset: no limit.",
-        parse=count,
-        default=None,
-    )
-    allowed_hosts: tuple[str, ...] = setting(
-        "SANDBOX_ALLOWED_HOSTS",
-        "What sandboxes may reach beside the API, separated by commas: `example.com`, `*.example.com`, either with"
-        " `:port`.",
-        parse=_hosts,
-        default=(),
-    )
-    egress_network: str = setting(
-        "DOCKER_EGRESS_NETWORK", "The Engine's network that the egress proxy is in.", default="bridge"
-    )
 
 
 def open_provider(environ: Mapping[str, str], settings: Settings) -> DockerProvider:

@@ -1,12 +1,12 @@
 """The first process of a sandbox container: starts runners on request, sweeps up after them, ends the sandbox in order.
 
     sandbox_init.py '{"keep_warm": 300, ...}'    as process 1
-    sandbox_init.py enter                        what the host executes: passes a request on to process 1
 
 A runner that the Engine itself executed would have no parent that forwards a stop, keeps its log and knows when it has
-ended. So a request only passes through: one JSON line, for `start` followed by the files and the job. The job is a
-credential and goes from the Engine's stream to the runner's stdin, nowhere else. All these processes are hidden from
-the agent's shell, which has the same user, by an interpreter that nobody may read (the Dockerfile says how).
+ended. So what the host executes, `enter.py`, passes a request through to here: one JSON line, for `start` followed by
+the files and the job. The job is a credential and goes from the Engine's stream to the runner's stdin, nowhere else.
+All these processes are hidden from the agent's shell, which has the same user, by an interpreter that nobody may read
+(the Dockerfile says how).
 
 The control socket is abstract: it has no path that the agent could remove. Who connects to it must have come from
 outside the container; such a process has no parent in here, and every process of the agent's has one.
@@ -21,20 +21,17 @@ import asyncio
 import contextlib
 import json
 import os
-import selectors
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from enter import CONTROL
 from relay import join
 
-CONTROL = "\0sandbox-init"
-EXIT_CANNOT_RUN = 69
 PROXY = ("127.0.0.1", 3128)  # what HTTPS_PROXY names in a sandbox
 _CHUNK_BYTES = 1 << 16
 _LINE_BYTES = 1 << 20
@@ -45,8 +42,6 @@ _PROXY_PAUSE_SECONDS = 0.1
 _KILL_ROUNDS = 200  # a process can fork while we look; each round kills what it sees
 _PATIENT_ROUNDS = 5
 _ROUND_SECONDS = 0.02
-_START_SECONDS = 60.0  # on a very busy machine; within the launch's budget
-_START_PAUSE_SECONDS = 0.02
 
 
 class Init:
@@ -269,37 +264,9 @@ def _log(chunk: bytes) -> None:
         os.write(1, chunk)
 
 
-def enter() -> int:
-    """Passes our input on to process 1 and its answer back, until either ends: the host has what it wanted, or is gone,
-    or process 1 has said all. Exit codes: 0, and 69 when process 1 takes no connection."""
-    connection = socket.socket(socket.AF_UNIX)
-    deadline = time.monotonic() + _START_SECONDS
-    while True:
-        try:
-            connection.connect(CONTROL)
-            break
-        except OSError:
-            if time.monotonic() >= deadline:
-                return EXIT_CANNOT_RUN
-        time.sleep(_START_PAUSE_SECONDS)  # process 1 is just starting
-    with selectors.DefaultSelector() as ready:
-        ready.register(0, selectors.EVENT_READ, (0, connection.fileno()))
-        ready.register(connection, selectors.EVENT_READ, (connection.fileno(), 1))
-        while True:
-            for key, _ in ready.select():
-                source, sink = key.data
-                chunk = os.read(source, _CHUNK_BYTES)
-                if not chunk:
-                    return 0
-                while chunk:
-                    chunk = chunk[os.write(sink, chunk) :]
-
-
 async def main(config: dict[str, Any]) -> None:
     await Init(config).run()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "enter":
-        sys.exit(enter())
     asyncio.run(main(json.loads(sys.argv[1])))

@@ -85,6 +85,18 @@ def image(folder: Path = FOLDER) -> str:
 
 
 @cache
+def image_with(*arguments: str) -> str:
+    """The same with these build arguments. Its own name: the layers stay apart from the usual image's."""
+    with tempfile.TemporaryDirectory() as directory:
+        context = Path(directory, "-".join(arguments))
+        shutil.copytree(FOLDER, context, ignore=_LEFTOVERS)
+        return _build(context, *_on_base(), *arguments)
+
+
+_LEFTOVERS = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".env")
+
+
+@cache
 def image_with_tools() -> str:
     """The same with custom tools in it, as the README says."""
     with tempfile.TemporaryDirectory() as directory:
@@ -100,7 +112,7 @@ def image_with_ant() -> str:
     """The folder's image with an `ant`, from an archive beside the Dockerfile, as the README says."""
     with tempfile.TemporaryDirectory() as directory:
         context = Path(directory, "with-ant")
-        shutil.copytree(FOLDER, context, ignore=shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".env"))
+        shutil.copytree(FOLDER, context, ignore=_LEFTOVERS)
         version, archive = ant_archive()
         (context / f"ant_{version}_linux_{ARCHITECTURE}.tar.gz").write_bytes(archive)
         digest = hashlib.sha256(archive).hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import tarfile
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -41,12 +42,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         support.remove_all(support.namespace(tmp_path / "sandboxes"))
 
 
-# What the agent may try for the credential, and for the next runner: a profile of `ant`'s that names another API.
+# What the agent may try for the credential.
 _SEARCH = r"""
-mkdir -p ~/.config/anthropic/configs skills
-cat > ~/.config/anthropic/configs/default.json <<'END'
-{"base_url": "http://127.0.0.1:9", "authentication": {"type": "oidc_federation", "federation_rule_id": "x"}}
-END
 ln -s /proc/$PPID/environ link
 echo "mine: $(env | grep -c ANTHROPIC)"
 echo "all: $(cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -c ANTHROPIC)"
@@ -232,6 +229,16 @@ def test_an_ant_of_another_version_than_its_name_is_refused(tmp_path: Path, monk
     (tmp_path / f"ant_7.7.7_linux_{support.ARCHITECTURE}.tar.gz").write_bytes(archive)
     with pytest.raises(SystemExit, match=r"says it is 'ant version .*', not 7\.7\.7"):
         GET_ANT.main("7.7.7", hashlib.sha256(archive).hexdigest(), tmp_path / "ant")
+
+
+def test_an_ant_that_does_not_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = tmp_path / f"ant_7.7.7_linux_{support.ARCHITECTURE}.tar.gz"
+    (tmp_path / "program").write_bytes(b"of another machine")
+    with tarfile.open(packed, "w:gz") as files:
+        files.add(tmp_path / "program", "ant")
+    monkeypatch.setattr(GET_ANT, "__file__", str(tmp_path / "get_ant.py"))
+    with pytest.raises(SystemExit, match=r"the ant in ant_7\.7\.7_.* does not run here: .*Exec format"):
+        GET_ANT.main("7.7.7", hashlib.sha256(packed.read_bytes()).hexdigest(), tmp_path / "ant")
 
 
 def test_without_a_version_there_is_no_ant(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,9 @@ def _said(emulator: Emulator, session: str) -> str:
 class PrivateEngine:
     """A dockerd of this test's own, on a bridge of its own, that knows nothing of the machine's."""
 
-    def __init__(self, directory: Path, bridge: str) -> None:
+    def __init__(self, directory: Path, bridge: str, *options: str) -> None:
         self.directory = directory
+        self._options = options
         self.url = f"unix://{directory}/docker.sock"
         self._bridge = bridge
         self._process: subprocess.Popen[bytes] | None = None
@@ -117,7 +119,7 @@ class PrivateEngine:
             self._process = subprocess.Popen(
                 ["dockerd", "--host", self.url, "--data-root", f"{self.directory}/data", "--exec-root",
                  f"{self.directory}/exec", "--pidfile", f"{self.directory}/pid", "--bridge", self._bridge,
-                 "--iptables=false", "--ip-masq=false", "--containerd", ""],
+                 "--iptables=false", "--ip-masq=false", "--containerd", "", *self._options],
                 stdout=log, stderr=log,
             )  # fmt: skip
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -137,9 +139,9 @@ class PrivateEngine:
             self._process = None
 
 
-@pytest.fixture
-def private() -> Iterator[tuple[PrivateEngine, str]]:
-    """The Engine with the image in it, and this machine's address on its bridge."""
+@contextlib.contextmanager
+def private_engine(*options: str, images: Sequence[str]) -> Iterator[tuple[PrivateEngine, str]]:
+    """The Engine with the images in it, and this machine's address on its bridge."""
     bridge = f"sbx{uuid.uuid4().hex[:8]}"
     docker("network", "create", "-o", f"com.docker.network.bridge.name={bridge}", bridge)
     try:
@@ -148,10 +150,10 @@ def private() -> Iterator[tuple[PrivateEngine, str]]:
             data = Path(directory, "data")
             data.mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", data], check=True)
-            engine = PrivateEngine(Path(directory), bridge)
+            engine = PrivateEngine(Path(directory), bridge, *options)
             try:
                 engine.start()
-                with subprocess.Popen(["docker", "save", support.image()], stdout=subprocess.PIPE) as save:
+                with subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE) as save:
                     load = ["docker", "-H", engine.url, "load", "-q"]
                     subprocess.run(load, stdin=save.stdout, check=True, capture_output=True)
                 yield engine, gateway
@@ -160,6 +162,12 @@ def private() -> Iterator[tuple[PrivateEngine, str]]:
                 subprocess.run(["umount", "-R", data], check=True)
     finally:
         docker("network", "rm", bridge)
+
+
+@pytest.fixture
+def private() -> Iterator[tuple[PrivateEngine, str]]:
+    with private_engine(images=[support.image()]) as engine:
+        yield engine
 
 
 @needs_root
@@ -225,3 +233,33 @@ async def test_an_engine_that_restarts_or_is_full_loses_no_session(
             assert await host.answer(other) == "served"
         finally:
             await world.close()
+
+
+if RUNSC := os.environ.get("RUNSC"):  # the path of a `runsc`; CI has none (README, gVisor)
+
+    @pytest.mark.timeout(600)
+    async def test_gvisor_serves_from_an_image_made_for_it_and_no_other(tmp_path: Path) -> None:
+        arguments = ["--platform=ptrace", "--network=none", "--host-uds=open"]
+        config = tmp_path / "daemon.json"
+        config.write_text(json.dumps({"runtimes": {"runsc": {"path": RUNSC, "runtimeArgs": arguments}}}))
+        images = [support.image(), support.image_with("INTERPRETER_MODE=0755")]
+        with private_engine("--config-file", str(config), images=images) as (engine, gateway):
+
+            def make(root: Path, settings: Any, **options: Any) -> Any:
+                chosen = {"engine_url": engine.url, "runtime": "runsc", "image": images[1], **options}
+                return support.make_provider(root, settings, **chosen)
+
+            with Emulator(host=gateway) as emulator:
+                world = World(emulator, DOCKER, make, tmp_path / "sandboxes")
+                try:
+                    with pytest.raises(LaunchFailed, match="DOCKER_RUNTIME needs another image"):
+                        await world.host(options={"image": images[0]}).provider.acquire("sesn_1")
+                    host = world.host()
+                    session = emulator.create_session()
+                    emulator.say(session, "!uname -a; echo kept > file; cat file")
+                    await host.dispatcher.drain()
+                    await asyncio.to_thread(emulator.wait_idle, session, 2 * PATIENCE_SECONDS)
+                    assert host.said(session).split()[-1] == "kept"
+                    assert " 4.4.0 " in host.said(session)  # the kernel that gVisor says it is
+                finally:
+                    await world.close()
