@@ -71,6 +71,7 @@ def dev(folder: Path, shared_emulator: Emulator, tmp_path_factory: pytest.TempPa
     )
     (copy / "container/my_tools.py").write_text(CUSTOM_TOOLS, encoding="utf-8")
     settings = {"SANDBOX_KEEP_WARM_SECONDS": "600", "FILES_MAX_MB": "8", "SANDBOX_TOOLS": f"{TOOLS}:tools"}
+    settings["SANDBOX_STAGE_FILES"] = "true"
     with running(copy, directory, shared_emulator, **settings) as dev:
         yield dev
 
@@ -85,8 +86,8 @@ def emulator(dev: ContainersDev, shared_emulator: Emulator) -> Iterator[Emulator
 class Talk(Seen):
     """A session, its container, and what is said in it."""
 
-    def __init__(self, emulator: Emulator, dev: ContainersDev, *steps: Step) -> None:
-        super().__init__(emulator, emulator.create_session())
+    def __init__(self, emulator: Emulator, dev: ContainersDev, *steps: Step, **brought: list[str]) -> None:
+        super().__init__(emulator, emulator.create_session(**brought))  # type: ignore[arg-type]
         self.emulator = emulator
         self.dev = dev
         if steps:
@@ -150,8 +151,22 @@ def test_a_session_is_served_from_first_message_to_idle_exit(emulator: Emulator,
     talk.wait_stopped()
     assert (talk.claims(), len(talk.requests("work.ack"))) == (1, 1)
     assert [record.status for record in talk.requests("work.stop")] == [200]
-    asked = [record for record in emulator.requests if talk.session in record.path]
+    asked = [each for each in emulator.requests if talk.session in each.path]
+    asked = [each for each in asked if each.operation != "sessions.get"]  # the host looks too, for what it may bring
     assert {record.credential for record in asked} == {"sessions_token"}
+
+
+def test_skills_and_memory_are_in_the_sandbox(emulator: Emulator, dev: ContainersDev) -> None:
+    """The skill is one that the session's token may not read: the host brings it (R12)."""
+    emulator.switch(sessions_token_may_read_skills=False)
+    about = "---\nname: greeter\ndescription: greets\n---\n"
+    skill = emulator.add_skill("greeter", {"SKILL.md": about, "greet": "hello\n"})
+    store = emulator.add_memory_store("notes", {"/a.md": "one\n"})
+    talk = Talk(emulator, dev, skills=[skill], resources=[store])
+    note = f"{emulator.memory_root}/notes/a.md"
+    assert talk.ask(f"cat skills/greeter/greet {note}; echo two > {note}").split() == ["hello", "one"]
+    talk.wait_stopped()
+    assert emulator.memories(store)["/a.md"] == "two\n"
 
 
 def test_the_next_message_finds_the_warm_container(talk: Talk) -> None:
@@ -206,13 +221,16 @@ def test_an_unused_container_sleeps_and_unused_files_are_deleted(folder: Path, t
 def test_without_a_bucket_files_end_with_the_container_and_the_log_says_so(folder: Path, tmp_path: Path) -> None:
     bucket = '"r2_buckets": [{ "binding": "WORKSPACES", "bucket_name": "sandboxes-workspaces" }],'
     copy = altered_copy(folder, tmp_path, "wrangler.jsonc", bucket, "")
-    short = {"SANDBOX_KEEP_WARM_SECONDS": "0"}
-    with Emulator(host=gateway()) as emulator, running(copy, tmp_path, emulator, **short) as dev:
+    settings = {"SANDBOX_KEEP_WARM_SECONDS": "0", "ALLOW_ENVIRONMENT_KEY_IN_SANDBOX": "true"}
+    with Emulator(host=gateway()) as emulator, running(copy, tmp_path, emulator, **settings) as dev:
+        emulator.switch(secret="null")  # so that the runner gets the environment key, as was asked for
         talk = Talk(emulator, dev)
         talk.ask("touch file.txt")
         assert "the files end with the container" in talk.until_logged("not_saved")
         dev.until_no_containers()
         assert talk.ask("ls") == "(no output)"
+        assert {record.credential for record in talk.requests("events.send")} == {"environment_key"}
+        assert emulator.environment_key not in dev.log
 
 
 def test_a_lost_webhook_is_made_up_for_by_the_sweep(emulator: Emulator, talk: Talk, dev: ContainersDev) -> None:
