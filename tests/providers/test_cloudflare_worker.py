@@ -12,6 +12,7 @@ import gzip
 import hmac
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from tools.emulator import Emulator, Step, Switches, call, custom, end, repeat_o
 NAME = "cloudflare-worker"
 FILES_KEY = "a-password-of-our-choice"
 LEASE_SECONDS = 20
+MILLISECONDS = 250  # a launch takes fewer where nothing else is going on
 FREE_PLAN_BYTES = 3 * 1024 * 1024  # of the compressed bundle
 STARTING_SECONDS = 151.0  # past the wait before an item without a claim is looked at
 
@@ -464,9 +466,12 @@ def test_with_other_settings_it_serves_items_without_a_secret_and_brings_files(f
     with Emulator() as emulator, WorkersDev(folder, tmp_path, settings_for(emulator, **more)) as dev:
         emulator.set_webhook_url(f"{dev.url}/webhook")
         emulator.switch(secret="null")
-        seen = ask(emulator, write("a", "1"), end())
+        notes = f"{emulator.memory_root}/notes/a.md"
+        store = emulator.add_memory_store("notes", {"/a.md": "one\n"})
+        seen = ask(emulator, write("a", "1"), read(notes), end(), resources=[store])
         seen.wait_stopped()
-        assert seen.results() == [(False, "wrote 1 bytes to a")]
+        outside = f'path "{notes}" is outside the session\'s working directory'
+        assert seen.results() == [(False, "wrote 1 bytes to a"), (True, outside)]
         assert {record.credential for record in seen.requests("events.send")} == {"environment_key"}
         assert emulator.environment_key not in dev.log
 
@@ -757,6 +762,7 @@ def test_no_log_line_has_a_secret(emulator: Emulator, dev: WorkersDev) -> None:
 
 def test_two_hundred_sessions_at_once(emulator: Emulator, dev: WorkersDev) -> None:
     """More than may run at once (SANDBOX_MAX_LIVE is 150 here): those that end make room."""
+    since = len(dev.log)
     all_seen = [start(emulator, write("a", str(n % 10)), repeat_output, end()) for n in range(200)]
     for seen in all_seen:
         emulator.say(seen.session, "go")
@@ -766,3 +772,5 @@ def test_two_hundred_sessions_at_once(emulator: Emulator, dev: WorkersDev) -> No
         seen.wait_stopped()
     claims = [r for r in emulator.requests if r.query.get("expected_last_heartbeat") == ["NO_HEARTBEAT"]]
     assert sum(any(seen.session in claim.path for seen in all_seen) for claim in claims) == 200
+    launched = re.findall(r"action=launched .* ms=(\d+)", dev.log[since:])
+    assert min(map(int, launched)) < MILLISECONDS

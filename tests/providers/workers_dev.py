@@ -97,13 +97,23 @@ class WorkersDev:
                 stderr=log,
                 start_new_session=True,
             )
+        try:
+            self._port = self._wait_until_ready(said)
+        except BaseException:  # whoever started it has nothing yet that it could stop
+            self.kill()
+            raise
+
+    def _wait_until_ready(self, said: int) -> int:
+        """The port where it listens."""
+        assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
         while not (ready := re.search(r"Ready on http://127\.0\.0\.1:(\d+)", self.log[said:])):
             assert self._process.poll() is None, self.log[said:]
             assert time.monotonic() < deadline, self.log[said:]
             time.sleep(0.05)
-        self._port = int(ready[1])
-        assert self.request("GET", "/healthz").status_code == 200
+        answer = httpx2.get(f"http://127.0.0.1:{ready[1]}/healthz", timeout=WAIT_SECONDS)
+        assert answer.status_code == 200, answer.text
+        return int(ready[1])
 
     def arguments(self) -> list[str]:
         """More of them for wrangler."""

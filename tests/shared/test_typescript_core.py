@@ -60,6 +60,7 @@ NOT_HERE = {
     **dict.fromkeys(
         (
             "test_a_provider_that_does_not_say_what_runs_gets_no_more",
+            "test_a_list_that_goes_on_failing_is_told_of_now_and_then",
             "test_and_gets_them_when_it_says_so_again",
             "test_an_unmapped_error_of_the_list_is_loud_even_when_nobody_waits",
             "test_the_sandboxes_of_working_runners_are_renewed_and_no_others",

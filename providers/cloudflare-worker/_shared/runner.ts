@@ -54,6 +54,7 @@ export interface Hands {
 export class Runner {
   readonly lease: Lease;
   readonly #job: Job;
+  readonly #pauseMs: number;
   readonly #hands: Hands;
   readonly #emit: Emit;
   readonly #wasTried: boolean;
@@ -76,7 +77,9 @@ export class Runner {
   #patience = new AbortController();
   #waitedFor = "";
 
-  constructor(job: Job, store: RunnerStore, hands: Hands, emit: Emit) {
+  /** `pauseMs`: between two attempts to set up; another one for tests. */
+  constructor(job: Job, store: RunnerStore, hands: Hands, emit: Emit, pauseMs = SETUP_PAUSE_MS) {
+    this.#pauseMs = pauseMs;
     const record = store.lease();
     this.#job = job;
     this.#hands = hands;
@@ -163,7 +166,7 @@ export class Runner {
         continue;
       }
       // The SDK returns for idleness no sooner than this; sooner, it had trouble, and need not have thrown.
-      if (this.#isSetUp && Date.now() - began >= Math.max(this.#job.maxIdleSeconds * 1000, SETUP_PAUSE_MS)) {
+      if (this.#isSetUp && Date.now() - began >= Math.max(this.#job.maxIdleSeconds * 1000, this.#pauseMs)) {
         failures = 0;
         if (failure === undefined) continue; // new input came between the idle decision and the stop
       }
@@ -173,7 +176,7 @@ export class Runner {
       if (failures >= SETUP_ATTEMPTS && (await this.#giveUp(failure))) {
         return { code: EXIT.ok, reason: `set-up failed ${failures} times (${failure}); the agent was told` };
       }
-      await this.#pause(Math.min(SETUP_PAUSE_MS * failures, LONGEST_PAUSE_MS));
+      await this.#pause(Math.min(this.#pauseMs * failures, LONGEST_PAUSE_MS));
     }
     return this.#leave();
   }

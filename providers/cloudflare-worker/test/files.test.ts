@@ -54,6 +54,15 @@ describe("the file system", () => {
       { maxBytes: 4 * MIB },
     ));
 
+  it("holds 50,000 files and directories", () =>
+    inSandbox(({ files, storage }) => {
+      storage.sql.exec(
+        "WITH RECURSIVE n(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n WHERE i < 50000) INSERT INTO nodes SELECT '/workspace/' || i, 1, 0, 0 FROM n",
+      );
+      expect(() => files.write("/workspace/more", bytes(""))).toThrow("no space left");
+      files.write("/workspace/7", bytes("there is room in what is there"));
+    }));
+
   it("refuses what is too large or too long", () =>
     inSandbox(({ files }) => {
       expect(() => files.write("/workspace/a", new Uint8Array(MAX_FILE_BYTES + 1))).toThrow("larger than");

@@ -1,108 +1,26 @@
 /** The object of one session against a control plane: what a second start, its end and an unanswered claim do to it. */
 
 import { env, runDurableObjectAlarm, runInDurableObject } from "cloudflare:test";
-import type { BetaSelfHostedWork } from "@anthropic-ai/sdk/resources/beta/environments/work";
 import { afterEach, describe, expect, it, vi } from "vitest";
-import { openClient } from "../_shared/api.ts";
 import { ackAndClaim } from "../_shared/claim.ts";
 import { EventLog } from "../_shared/events.ts";
 import { Guard, LOST } from "../_shared/guard.ts";
-import { type Job, jobFrom } from "../_shared/jobs.ts";
 import { Lease } from "../_shared/lease.ts";
-import { readSettings } from "../_shared/settings.ts";
-import type { SessionObject } from "../src/session_object.ts";
 import { State } from "../src/state.ts";
+import {
+  ask,
+  claims,
+  emulated,
+  isStopped,
+  LOOK_MS,
+  objectOf,
+  reserved,
+  say,
+  start,
+  until,
+  WRITE,
+} from "./control_plane.ts";
 import { MIB } from "./support.ts";
-
-const PATIENCE_MS = 10_000;
-const LOOK_MS = 20;
-
-interface Emulated {
-  work: { state: string } | null;
-  events: { type: string }[];
-}
-
-async function ask<T>(method: string, path: string, body?: unknown): Promise<T> {
-  const init = {
-    method,
-    headers: { "content-type": "application/json" },
-    ...(body ? { body: JSON.stringify(body) } : {}),
-  };
-  const response = await fetch(`${env.EMULATOR_URL}/_emulator/${path}`, init);
-  const answer = await response.json<T>();
-  expect(response.ok, JSON.stringify(answer)).toBe(true);
-  return answer;
-}
-
-/** A session whose agent does `steps` and whose item is reserved, not acked. */
-async function reserved(
-  steps: unknown[],
-  settings: Record<string, string> = {},
-): Promise<{ job: Job; id: string; next: () => Promise<Job> }> {
-  const { environment_id, environment_key } = await ask<Record<string, string>>("POST", "environments", {});
-  const all = {
-    ANTHROPIC_ENVIRONMENT_ID: environment_id,
-    ANTHROPIC_ENVIRONMENT_KEY: environment_key,
-    ANTHROPIC_BASE_URL: env.EMULATOR_URL,
-    SANDBOX_MAX_IDLE_SECONDS: "0.2",
-    ...settings,
-  };
-  await ask("POST", "script", { steps });
-  await ask("POST", "sessions", { text: "go", environment_id });
-  const client = openClient(environment_key ?? "", env.EMULATOR_URL, { maxRetries: 0, timeout: 5_000 });
-  const next = async (): Promise<Job> => {
-    const item = (await client.beta.environments.work.poll(environment_id ?? "")) as BetaSelfHostedWork;
-    return jobFrom(item, readSettings(all));
-  };
-  const job = await next();
-  return { job, id: job.sessionId, next };
-}
-
-function objectOf(id: string): DurableObjectStub<SessionObject> {
-  return env.SESSIONS.getByName(id);
-}
-
-function start(job: Job): Promise<string> {
-  return objectOf(job.sessionId).start({ job, maxFilesBytes: 64 * MIB, retentionSeconds: 60 });
-}
-
-function emulated(id: string): Promise<Emulated> {
-  return ask<Emulated>("GET", `sessions/${id}`);
-}
-
-function say(id: string, text: string): Promise<unknown> {
-  const content = [{ type: "text", text }];
-  return ask("POST", `sessions/${id}/events`, { events: [{ type: "user.message", content }] });
-}
-
-async function until(id: string, isThere: (seen: Emulated) => boolean): Promise<Emulated> {
-  const deadline = Date.now() + PATIENCE_MS;
-  for (;;) {
-    const seen = await emulated(id);
-    if (isThere(seen)) return seen;
-    expect(Date.now(), JSON.stringify([seen.work, seen.events.map((event) => event.type)])).toBeLessThan(deadline);
-    await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
-  }
-}
-
-const isStopped = (seen: Emulated): boolean => seen.work?.state === "stopped";
-
-/** The heartbeats of a session's item, as (condition, status). */
-async function beats(id: string): Promise<[string, number][]> {
-  const { data } = await ask<{ data: Record<string, unknown>[] }>("GET", "requests");
-  return data
-    .filter((each) => each["operation"] === "work.heartbeat" && String(each["path"]).includes(id))
-    .map((each) => {
-      const query = each["query"] as Record<string, string[]>;
-      return [query["expected_last_heartbeat"]?.[0] ?? "", Number(each["status"])];
-    });
-}
-
-async function claims(id: string): Promise<number> {
-  return (await beats(id)).filter(([condition, status]) => condition === "NO_HEARTBEAT" && status === 200).length;
-}
-
-const WRITE = { call: { write: { file_path: "a", content: "1" } } };
 
 describe.skipIf(env.EMULATOR_URL === "")("a session's object", () => {
   afterEach(() => ask("DELETE", "faults"));
