@@ -52,6 +52,7 @@ async def test_one_command_makes_a_worker_that_serves_and_may_go(tmp_path: Path)
             )
             assert done.returncode == 0, done.stderr[-3000:]
 
+        is_up = True
         try:
             await asyncio.to_thread(compose, "up", "--build", "-d")
             session = emulator.create_session()
@@ -59,9 +60,11 @@ async def test_one_command_makes_a_worker_that_serves_and_may_go(tmp_path: Path)
             await asyncio.to_thread(emulator.wait_idle, session, PATIENCE_SECONDS)
             assert "the answer is 42" in str(emulator.events(session, "agent.message"))
             await asyncio.to_thread(compose, "down", "--rmi", "local")
+            is_up = False
             running = docker("ps", "-q", "--filter", f"label=sandboxes.session={session}")
             assert running  # the worker is gone, its sandbox is not
         finally:
-            await asyncio.to_thread(compose, "down", "--rmi", "local")
+            if is_up:
+                await asyncio.to_thread(compose, "down", "--rmi", "local")
             support.remove_all(emulator.environment_id)
             docker("rmi", "-f", name, check=False)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.clients.toolchains import INSTALL_SECONDS
 from tests.providers import docker_support as support
-from tests.providers.docker_support import FOLDER, docker, needs_docker, until
+from tests.providers.docker_support import DOCKER, FOLDER, docker, needs_docker, until
 from tools.emulator import Emulator, Switches, call, end, tools
 
 pytestmark = needs_docker
@@ -182,9 +182,9 @@ async def test_an_item_without_a_secret_is_refused(emulator: Emulator, folder: P
     assert docker("ps", "-aq", "--filter", f"label=sandboxes.environment={emulator.environment_id}") == ""
 
 
-async def test_what_is_no_item_is_refused(folder: Path) -> None:
-    environ = {"ANTHROPIC_ENVIRONMENT_ID": "env_x", "ANTHROPIC_ENVIRONMENT_KEY": "k", "PATH": os.environ["PATH"]}
-    process = await asyncio.create_subprocess_exec(str(folder / "on-work"), env=environ, stdin=-1, stderr=-1)
-    _, said = await asyncio.wait_for(process.communicate(b"{"), 30)
-    assert process.returncode == 64
-    assert b"the work item on standard input cannot be read" in said
+async def test_what_is_no_item_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"ANTHROPIC_ENVIRONMENT_ID": "env_x", "ANTHROPIC_ENVIRONMENT_KEY": "k"}
+    assert await DOCKER.module("on_work").run(b"{", environ) == 64
+    assert "the work item on standard input cannot be read" in caplog.text
+    assert await DOCKER.module("on_work").run(b"{}", {}) == 2
+    assert "ANTHROPIC_ENVIRONMENT_ID" in caplog.text
