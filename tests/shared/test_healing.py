@@ -527,11 +527,23 @@ async def test_an_item_whose_lease_never_lapses_is_freed_behind_a_fence(
     assert emulator.work(session)["state"] == "active"
     emulator.advance(10)
     await dispatcher.sweep()
-    assert emulator.work(session)["state"] == "stopped"
-    emulator.advance(HEALABLE_SECONDS)
-    await dispatcher.sweep()
     assert world.results(session) == [(LOST, True)]
     assert world.said(session) == f"Error: {LOST}"
+
+
+async def test_what_a_runner_had_is_answered_before_the_next_one_begins(make_world: MakeWorld) -> None:
+    """A stop queues the session at once where a message waits: the next runner would run the call again."""
+    world = make_world(Switches(lease_lapse="never"))
+    emulator = world.emulator
+    session = emulator.create_session()
+    emulator.say(session, "!go")
+    await claim(world.client, emulator, session)
+    emulator.say(session, "and then")
+    emulator.advance(610)
+    await world.dispatcher.sweep()
+    assert world.results(session) == [(LOST, True)]
+    asked = [request.operation for request in emulator.requests]
+    assert asked.index("work.stop") < asked.index("events.send") < len(asked) - asked[::-1].index("work.poll")
 
 
 async def test_a_runner_that_was_only_slow_keeps_its_item(make_world: MakeWorld) -> None:
@@ -564,7 +576,8 @@ async def test_a_stop_that_nobody_completes_is_completed(make_world: MakeWorld) 
     assert emulator.work(session)["state"] == "stopping"
     emulator.advance(10)
     await world.dispatcher.sweep()
-    assert emulator.work(session)["state"] == "stopped"
+    assert count(emulator, "work.stop") == 1
+    assert world.results(session) == [(LOST, True)]
 
 
 # --- time ------------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ export class Healer {
     const age: Age = (moment) => secondsBetween(moment, list.now);
     for (const item of this.#candidates(list, age)) {
       try {
-        const isDone = item.state === "stopped" ? await this.#heal(item, age) : await this.#freeing.free(item);
+        const isDone = item.state === "stopped" ? await this.#heal(item, age) : await this.#free(item, age);
         if (isDone) healed += 1;
       } catch (error) {
         apiError(error);
@@ -147,6 +147,16 @@ export class Healer {
     }
     const others = sample(rest.slice(LATEST_PER_SWEEP), OTHERS_PER_SWEEP);
     return [held, hinted, rest].flatMap((each) => each.slice(0, LATEST_PER_SWEEP)).concat(others);
+  }
+
+  /**
+   * A stop may queue the session again. So what waits is answered at once if a runner has had the item: the next one, on
+   * another disk, could not know what was begun.
+   */
+  async #free(item: BetaSelfHostedWork, age: Age): Promise<boolean> {
+    if (!(await this.#freeing.free(item))) return false;
+    if (item.latest_heartbeat_at) await this.#heal(item, age);
+    return true;
   }
 
   async #heal(item: BetaSelfHostedWork, age: Age): Promise<boolean> {

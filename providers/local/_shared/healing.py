@@ -4,7 +4,8 @@ It looks at state, not at causes: whatever killed the runner, what is left is a 
 work item that no runner holds. The environment key can read both. What was already done about a strand is read from
 the session's own event log, never remembered here, so any host at any time comes to the same decision.
 
-- An item that no runner holds and that the server does not let go is stopped (`freeing`).
+- An item that no runner holds and that the server does not let go is stopped (`freeing`), and if a runner has ever had
+  it, what waits is answered at once.
 - An item stopped for a while: the calls of the agent toolset that wait are answered with an error that says what was
   lost. The answer queues the session again, and a new runner serves what follows.
 - If we answered since the item stopped and the session waits again, answers do not queue it on this server: one
@@ -115,7 +116,7 @@ class Healer:
         healed = 0
         for item in self._candidates([item for item in items if item.data.type == "session"]):
             try:
-                healed += await (self._heal(item) if item.state == "stopped" else self._freeing.free(item))
+                healed += await (self._heal(item) if item.state == "stopped" else self._free(item))
             except anthropic.NotFoundError:
                 continue  # deleted meanwhile
             except anthropic.RateLimitError as error:
@@ -143,6 +144,15 @@ class Healer:
         if isinstance(moment, str):
             moment = datetime.fromisoformat(moment)
         return (self._now - moment).total_seconds()
+
+    async def _free(self, item: BetaSelfHostedWork) -> bool:
+        """A stop may queue the session again. So what waits is answered at once if a runner has had the item: the next
+        one, on another disk, could not know what was begun."""
+        if not await self._freeing.free(item):
+            return False
+        if item.latest_heartbeat_at:
+            await self._heal(item)
+        return True
 
     async def _heal(self, item: BetaSelfHostedWork) -> bool:
         session_id = item.data.id
