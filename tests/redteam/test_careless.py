@@ -18,7 +18,7 @@ RUNNER = Path(__file__).with_name("careless_runner.py")
 OF_THE_SDK = ("file-tools", "output")
 OF_THE_KERNEL = ("become-root", "mount", "namespaces", "kernel-settings", "devices", "sniffing", "redirect")
 # A careless runner that is killed is healed like any other. It has no lock and no journal, to break or to keep.
-OF_THE_HOST = ("kill", "freeze")
+OF_THE_HOST = ("kill", "freeze", "starve")
 OF_THE_LOCK = ("lock", "stale-lock", "journal", "wreck")
 
 
