@@ -1,5 +1,5 @@
-"""`python -m tests.faults --n 10000 --seed 7`: kills at every await, then plays so many random schedules, and shrinks
-the first that fails."""
+"""`python -m tests.faults --n 10000 --seed 7`: plays kills at every await, every trouble in a call on every kind of
+server, then so many random schedules, and shrinks the first that fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from tests.faults.generate import every_kill, generate
+from tests.faults.generate import every_kill, every_server, generate
 from tests.faults.play import Outcome, label, play
 from tests.faults.shrink import shrink
 from tests.faults.steps import Schedule
@@ -43,18 +43,22 @@ def main() -> int:
         sys.stdout.write("\n".join((str(outcome.schedule), *outcome.story, "", *outcome.violations)) + "\n")
         return 1 if outcome.violations else 0
     began, failed, excused = time.perf_counter(), 0, 0
-    kills = list(every_kill())
-    total = options.n + len(kills)
+    directed = [*every_kill(), *every_server()]
+    total = options.n + len(directed)
     for number in range(total):
-        random = number - len(kills)
-        outcome = play(kills[number] if random < 0 else generate(options.seed * SEEDS_APART + random))
+        random = number - len(directed)
+        outcome = play(directed[number] if random < 0 else generate(options.seed * SEEDS_APART + random))
         excused += bool(outcome.excused)
         if outcome.violations and not options.keep_going:
             sys.stdout.write("\n" + report(outcome) + "\n")
             return 1
         if outcome.violations:
             failed += 1
-            name = f"seed {outcome.schedule.seed}" if random >= 0 else repr(outcome.schedule.steps[-1])
+            name = (
+                f"seed {outcome.schedule.seed}"
+                if random >= 0
+                else f"{outcome.schedule.switches} {outcome.schedule.steps[3:]}"
+            )
             sys.stdout.write(f"\n{name}: " + "\n    ".join(outcome.violations) + "\n")
         seconds = time.perf_counter() - began
         counts = f"{number + 1} of {total} schedules, {failed} failed, {excused} excused (not_yet.py)"

@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from tests.faults.steps import Provider as Trouble
 
 T = TypeVar("T")
 PLATFORM_GRACE_SECONDS = 30.0
+_DOOMED_SECONDS = 60.0
 
 
 @dataclass(eq=False)
@@ -65,6 +67,10 @@ class Box:
     is_suspended: bool = False
     is_ending: bool = False
 
+    @property
+    def workspace(self) -> Path:
+        return self.directory / "workspace"
+
     def alive(self) -> list[Run]:
         return [run for run in self.runs if run.is_alive]
 
@@ -80,8 +86,8 @@ class Cloud:
         self.troubles: list[Trouble] = []
         self.start_runner: Callable[[Run], None] = lambda run: None
         self.on_launch: Callable[[Launch], None] = lambda launch: None
-        self.doomed: dict[str, tuple[float, int]] = {}
-        """Sessions whose next runners die, until when and at which step."""
+        self.doomed: dict[str, tuple[float, int, Callable[[Run], None]]] = {}
+        """Sessions to whose next runners something happens: until when, at which of their steps, and what."""
         self._context = contextvars.copy_context()
         self._loop = loop
         self._seed = seed
@@ -155,6 +161,10 @@ class Cloud:
         self.on_launch(launch)
         if box.is_gone or box.is_ending:
             raise LaunchFailed("the sandbox is gone", retriable=True)
+        for path, content in launch.files.items():
+            target = box.workspace / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
         if trouble is not None and trouble.kind == "lie":
             return Started("ready")
         run = Run(self._loop.process(f"runner {next(self._numbers)}"), box, launch.stdin)
@@ -163,9 +173,9 @@ class Cloud:
         box.runs.append(run)
         run.process.on_death.append(lambda: run.output.put_nowait(None))
         if box.session_id in self.doomed:
-            until, steps = self.doomed[box.session_id]
+            until, steps, happens = self.doomed[box.session_id]
             if self._loop.time() < until:
-                run.process.die_after(max(1, steps))
+                run.process.after(max(1, steps), lambda: happens(run))
         self.start_runner(run)
         if trouble is not None and trouble.kind == "half_done":
             raise LaunchFailed("the answer of start was lost", retriable=True)
@@ -181,6 +191,13 @@ class Cloud:
 
     # What happens to sandboxes
 
+    def doom(self, session_id: str, steps: int, happens: Callable[[Run], None]) -> None:
+        """Something happens to the session's runners, those that start soon included, at their Nth step from now."""
+        self.doomed[session_id] = (self._loop.time() + _DOOMED_SECONDS, steps, happens)
+        for box in self.of_session(session_id):
+            for run in box.alive():
+                run.process.after(steps, partial(happens, run))
+
     def of_session(self, session_id: str) -> list[Box]:
         return [box for box in self.boxes.values() if box.session_id == session_id]
 
@@ -193,6 +210,8 @@ class Cloud:
         shutil.rmtree(box.directory, ignore_errors=True)
 
     async def terminate(self, box: Box, *, keeps_files: bool) -> None:
+        if box.is_ending:
+            return
         box.is_ending = True
         for run in box.alive():
             run.process.signal(signal.SIGTERM)

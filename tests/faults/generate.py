@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from tests.faults import steps
-from tests.faults.not_yet import NOT_YET
 from tests.faults.steps import Schedule, Step, Turn, Use
 from tests.faults.wire import Kind
 
 BUSY_SECONDS = 240.0  # the time in which things happen; what follows is recovery
-_SWITCHES: dict[str, tuple[str | int | bool, ...]] = {
+SWITCHES: dict[str, tuple[str | int | bool, ...]] = {
     "repeated_secret": ("fresh_only", "same"),
     "secret": ("extra_keys", "extra_keys", "null", "undecodable"),
     "work_id": ("work_",),
@@ -31,8 +31,19 @@ _SWITCHES: dict[str, tuple[str | int | bool, ...]] = {
     "duplicate_tool_result": (200,),
     "unprocessed_input_at_stop": ("strand",),
     "environment_key_may_answer": (False,),
+    "sessions_token_may_read_skills": (False,),
+    "credentials": ("lenient",),
 }
-"""Every switch but those of skills. Of servers on which nothing can work, `invariants.HOPELESS` asks the rest."""
+"""Every switch, with what is not its default. Of servers on which nothing can work, `invariants.HOPELESS` asks the
+rest."""
+_ASKED_BY_RUNNERS = (
+    *("work.ack", "work.heartbeat", "work.heartbeat", "work.stop"),
+    *("events.send", "sessions.get", "events.list"),
+)
+_ASKED_BY_HOSTS = (
+    *("work.poll", "work.list", "work.heartbeat", "work.stop"),
+    *("events.send", "sessions.get", "events.list"),
+)
 _LOSSES: tuple[Kind, ...] = ("lose_request", "lose_response", "reset_request", "reset_response")
 
 
@@ -40,6 +51,7 @@ class _Maker:
     def __init__(self, seed: int) -> None:
         self.luck = random.Random(seed)  # noqa: S311 - a test's luck
         self.sessions = self.luck.choice((1, 1, 2, 3))
+        self.has_skills = False
         self.moments: list[float] = []
         """When messages are sent: what follows is a launch, a claim, a call."""
 
@@ -65,7 +77,9 @@ class _Maker:
         """One session: it is created, and messages follow, often just when the runner before is about to leave."""
         at = round(self.luck.uniform(0.0, 30.0), 2)
         count = self.luck.choice((1, 1, 2, 3))
-        found: list[Step] = [steps.Create(at, index, tuple(self.turn() for _ in range(count)))]
+        turns, has_skill = tuple(self.turn() for _ in range(count)), self.luck.random() < 0.2
+        self.has_skills |= has_skill
+        found: list[Step] = [steps.Create(at, index, turns, has_skill)]
         for _ in range(count):
             at = round(at + self.luck.choice((0.1, 3.0, 17.0, 25.0, 60.0)) * self.luck.uniform(0.7, 1.3), 2)
             found.append(steps.Message(at, index))
@@ -87,7 +101,8 @@ class _Maker:
         return steps.KillRunner(self.at(), self.session(), self.luck.randint(0, 400))
 
     def terminate(self) -> Step:
-        return steps.Terminate(self.at(), self.session(), self.luck.random() < 0.5)
+        count = self.luck.choice((None, self.luck.randint(0, 400)))
+        return steps.Terminate(self.at(), self.session(), self.luck.random() < 0.5, count)
 
     def vanish(self) -> Step:
         return steps.Vanish(self.at(), self.session())
@@ -124,9 +139,9 @@ class _Maker:
         """A loss, a delay or a burst of refusals, mostly of what the lease and the answers depend on."""
         who: str = self.luck.choice(("runner", "runner", "dispatcher", "anybody"))
         operation = self.luck.choice(
-            ("work.ack", "work.heartbeat", "work.heartbeat", "work.stop", "events.send", "sessions.get", "events.list")
-            if who == "runner"
-            else ("work.poll", "work.list", "events.send", "sessions.get", "events.list", "work.heartbeat", "work.stop")
+            _ASKED_BY_HOSTS
+            if who != "runner"
+            else (*_ASKED_BY_RUNNERS, *(("skills.version", "skills.content") if self.has_skills else ()))
         )
         how = self.luck.random()
         if how < 0.5:
@@ -190,15 +205,12 @@ def generate(seed: int) -> Schedule:
     made: list[Step] = []
     for index in range(maker.sessions):
         made += maker.life(index)
-    kinds = [kind for kind in TROUBLES if kind not in NOT_YET]
-    weights = [TROUBLES[kind][0] for kind in kinds]
-    for kind in maker.luck.choices(kinds, weights, k=maker.luck.choice((1, 2, 2, 3, 3, 4, 6))):
+    weights = [weight for weight, _ in TROUBLES.values()]
+    for kind in maker.luck.choices(list(TROUBLES), weights, k=maker.luck.choice((1, 2, 2, 3, 3, 4, 6))):
         trouble = TROUBLES[kind][1](maker)
         made += trouble if isinstance(trouble, list) else [trouble]
-    names = maker.luck.sample(sorted(_SWITCHES), maker.luck.choice((0, 0, 1, 2, 4)))
-    switches = tuple(
-        (name, maker.luck.choice(_SWITCHES[name])) for name in sorted(names) if f"switch {name}" not in NOT_YET
-    )
+    names = maker.luck.sample(sorted(SWITCHES), maker.luck.choice((0, 0, 1, 2, 4)))
+    switches = tuple((name, maker.luck.choice(SWITCHES[name])) for name in sorted(names))
     return Schedule(seed, maker.luck.choice((2, 2, 3, 4)), switches, tuple(sorted(made, key=lambda step: step.at)))
 
 
@@ -213,9 +225,48 @@ ORDINARY = Schedule(
 RUNNER_STEPS, DISPATCHER_STEPS = 480, 100  # what they take in it, and more: the last kills come too late
 
 
+IN_A_CALL = 15.0  # when this one's agent has begun to wait for its long call
+LONG_CALL = Schedule(
+    seed=2,
+    steps=(
+        steps.Create(
+            0.5, 0, (((Use(seconds=30.0), Use(seconds=2.0)), (Use("own", 2.0),)), ((Use("ask", 2.0),),)), has_skill=True
+        ),
+        steps.Message(1.0, 0),
+        steps.Message(2.0, 0),
+    ),
+)
+
+
 def every_kill() -> Iterator[Schedule]:
-    """An ordinary session, whose runner, or whose dispatcher, is killed at every await there is."""
+    """An ordinary session, whose runner, or whose dispatcher, is killed at every await there is; or whose sandbox is
+    told there that it ends."""
     kills: list[Step] = [steps.KillRunner(0.6, 0, count) for count in range(RUNNER_STEPS)]
+    kills += [steps.Terminate(0.6, 0, steps=count) for count in range(RUNNER_STEPS)]
     kills += [steps.KillDispatcher(0.6, 0, count, 30.0) for count in range(DISPATCHER_STEPS)]
     for kill in kills:
         yield ORDINARY.with_steps((*ORDINARY.steps, kill))
+
+
+def every_server() -> Iterator[Schedule]:
+    """What may befall a sandbox in the middle of a call, each on every kind of server that a switch makes."""
+    at = IN_A_CALL
+    troubles: list[tuple[Step, ...]] = [
+        (),
+        (steps.KillRunner(at, 0),),
+        (steps.Vanish(at, 0),),
+        (steps.Terminate(at, 0),),
+        (steps.Terminate(at, 0, keeps_files=False),),
+        *((steps.Suspend(at, 0, seconds),) for seconds in (200.0, 400.0)),
+        *((steps.OperatorStop(at, 0, force),) for force in (False, True)),
+        (steps.Interrupt(at, 0), steps.Message(at + 5.0, 0)),
+        (steps.KillRunner(at, 0), steps.Interrupt(at + 5.0, 0)),
+        (steps.RotateKey(at), steps.KillRunner(at, 0)),
+        *((steps.Wire(at, "work.heartbeat", kind, 1, "runner"),) for kind in ("lose_response", "reset_response")),
+        *((steps.Wire(at, "events.send", kind, 1, "runner"),) for kind in ("lose_response", "reset_response")),
+        *((steps.Wire(at, "work.stop", kind, 1, "runner"),) for kind in ("lose_response", "reset_response")),
+    ]
+    servers = [((name, value),) for name, values in SWITCHES.items() for value in dict.fromkeys(values)]
+    for trouble in troubles:
+        for switches in ((), *servers):
+            yield replace(LONG_CALL, switches=switches, steps=(*LONG_CALL.steps, *trouble))

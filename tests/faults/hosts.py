@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from anthropic import AsyncAnthropic
@@ -17,7 +17,7 @@ from tests.faults.cloud import Cloud, CloudProvider
 from tests.faults.control_plane import ControlPlane
 from tests.faults.loop import Process, VirtualLoop
 from tests.faults.numbers import number
-from tests.faults.steps import OWN_TOOL
+from tests.faults.steps import OWN_TOOL, Schedule
 from tests.faults.steps import Webhooks as WebhookTrouble
 from tests.faults.wire import BASE_URL, Network, client_for
 
@@ -68,17 +68,17 @@ class Host:
 
 class Hosts:
     def __init__(
-        self, loop: VirtualLoop, network: Network, cloud: Cloud, plane: ControlPlane, count: int, seed: int
+        self, loop: VirtualLoop, network: Network, cloud: Cloud, plane: ControlPlane, schedule: Schedule
     ) -> None:
         self.loop, self.network, self.cloud = loop, network, cloud
         self.troubles: list[WebhookTrouble] = []
         self.crashes: list[str] = []
-        self.settings_of: Callable[[Settings], Settings] = lambda settings: settings
         self._plane = plane
-        self._seed = seed
+        self._stages = schedule.has_skills
+        self._seed = schedule.seed
         self._sent = 0
         self._held: list[int] = []
-        self.all = [Host(self, index) for index in range(count)]
+        self.all = [Host(self, index) for index in range(schedule.hosts)]
         self._tasks: set[asyncio.Task[None]] = set()
         plane.on_transition = self.notify
 
@@ -92,6 +92,7 @@ class Hosts:
             retention_seconds=RETENTION_SECONDS,
             tools=runners.TOOLS,
             tool_names=(OWN_TOOL,),
+            stage_files=self._stages,
         )
 
     def start(self) -> None:
@@ -103,7 +104,7 @@ class Hosts:
         if host.process is None or host.process.is_dead:
             return
         host.process.on_death.append(lambda: self._start_later(host, down_seconds))
-        host.process.die_after(steps)
+        host.process.after(steps, host.process.die)
 
     def _start_later(self, host: Host, seconds: float) -> None:
         self.loop.call_later(seconds, host.start, context=self.network.server)

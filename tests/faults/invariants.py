@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.faults.play import World
     from tests.faults.runners import Execution
 
+SKILL_OPERATIONS = ("skills.version", "skills.content")
 LOOK_SECONDS = 25.0  # from a runner's last look at the log to its stop: a fence of a heartbeat, two slow answers
 SILENCE_SECONDS = 590.0  # before healing takes a lease from whoever held it
 KILL_SECONDS = 7.0  # P3 and R5: what a resumed runner still runs ends within a look of 1 s and a kill of 5 s
@@ -135,6 +136,7 @@ def check(world: World) -> list[str]:
         *(f"planted: {text}" for text in dict.fromkeys(world.planted)),
         *(f"crowd: {text}" for text in world.runners.crowds),
         *_executions(world),
+        *_skills(world),
         *_acks(world),
         *_stops(world),
         *_cures(world),
@@ -199,6 +201,23 @@ def _active_until(world: World, execution: Execution) -> float:
     ]
     ended = execution.ended if execution.ended is not None else world.loop.time()
     return min([ended, *suspensions])
+
+
+def _skills(world: World) -> Iterable[str]:
+    """R12: the agent has its skill from its first call on, whoever may read it. One that no request could get, it has
+    not: that keeps nobody from working."""
+    for step in world.schedule.steps:
+        asks_in_vain = isinstance(step, steps.Wire) and step.operation in (*SKILL_OPERATIONS, "sessions.get", "*")
+        if asks_in_vain or isinstance(step, steps.RotateKey):
+            return
+    with_skill = {
+        world.sessions.get(step.session)
+        for step in world.schedule.steps
+        if isinstance(step, steps.Create) and step.has_skill
+    }
+    for execution in world.runners.executions:
+        if execution.run.box.session_id in with_skill and not execution.had_skill:
+            yield f"skill: call {execution.marker} was executed in {execution.run.box.id} without the session's skill"
 
 
 def _acks(world: World) -> Iterable[str]:

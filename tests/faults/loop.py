@@ -46,7 +46,7 @@ class Process:
         """The schedule is over: the process runs its cleanup, which nobody looks at any more."""
         self.was_told_to_leave = False
         self.steps = 0
-        self.dies_at: int | None = None
+        self._at_step: dict[int, Callable[[], None]] = {}
         self.on_death: list[Callable[[], None]] = []
         self.signals: dict[int, tuple[Callable[..., object], tuple[Any, ...]]] = {}
         self.tasks: list[asyncio.Task[Any]] = []
@@ -56,12 +56,12 @@ class Process:
     def spawn(self, main: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         return self._loop.create_task(main, context=self.context)
 
-    def die_after(self, steps: int) -> None:
-        """SIGKILL, so many steps of its own from now."""
+    def after(self, steps: int, do: Callable[[], None]) -> None:
+        """Something that happens to it, so many steps of its own from now."""
         if steps <= 0:
-            self.die()
+            do()
         else:
-            self.dies_at = self.steps + steps
+            self._at_step[self.steps + steps] = do
 
     def die(self) -> None:
         if not self.is_dead:
@@ -89,8 +89,8 @@ class Process:
         """Whether the loop may run this callback now. Counts it."""
         if self.is_reaped:
             return True
-        if not self.is_dead and self.steps == self.dies_at:
-            self.die()
+        if not self.is_dead and (do := self._at_step.pop(self.steps, None)):
+            do()
         if self.is_dead or self.is_held:
             self._waiting.append(handle)
             return False

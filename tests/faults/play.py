@@ -19,14 +19,14 @@ from unittest import mock
 from anyio._backends._asyncio import AsyncIOBackend
 
 from tests.faults import gaps, invariants, steps
-from tests.faults.cloud import Cloud
+from tests.faults.cloud import Cloud, Run
 from tests.faults.control_plane import ControlPlane
 from tests.faults.hosts import Hosts
 from tests.faults.loop import RanAway, VirtualLoop, virtual_time
 from tests.faults.not_yet import NOT_YET
 from tests.faults.numbers import number
 from tests.faults.runners import Runners
-from tests.faults.steps import OWN_TOOL, Schedule
+from tests.faults.steps import OWN_TOOL, SKILL_NAME, Schedule
 from tests.faults.story import story
 from tests.faults.wire import Asked, Fault, Network
 from tools.emulator import Step as AgentStep
@@ -38,7 +38,7 @@ SETTLE_SECONDS = 2400.0  # after the last step: two lapsed leases, healed one af
 HOPELESS_SECONDS = 700.0  # where recovery is not to be seen; long enough for healing to do something wrong
 CLIENT_SECONDS = 20.0  # how often the people and programs behind a session look what waits for them
 LOOK_SECONDS = 5.0
-DOOMED_SECONDS = 60.0
+_SKILL = f"---\nname: {SKILL_NAME}\ndescription: How we write.\n---\nPlainly.\n"
 
 
 @dataclass
@@ -149,7 +149,7 @@ async def _play(schedule: Schedule, loop: VirtualLoop, root: Path) -> Outcome:
     network = Network(loop, plane.app, schedule.seed)
     cloud = Cloud(loop, schedule.seed, root)
     runners = Runners(loop, network, cloud)
-    hosts = Hosts(loop, network, cloud, plane, schedule.hosts, schedule.seed)
+    hosts = Hosts(loop, network, cloud, plane, schedule)
     world = World(schedule, loop, plane, network, cloud, runners, hosts, keys=[plane.environment_key])
     invariants.watch(world)
     time_keeper = plane.open(loop)
@@ -246,8 +246,9 @@ def _apply(step: steps.Step, world: World) -> None:
     boxes = world.cloud.of_session(session_id)
     with contextlib.suppress(EmulatorError, KeyError):  # as a client or an operator would be told
         match step:
-            case steps.Create(session=index, turns=turns):
-                world.sessions[index] = session_id = world.plane.create_session()
+            case steps.Create(session=index, turns=turns, has_skill=has_skill):
+                skills = [world.plane.add_skill(SKILL_NAME, {"SKILL.md": _SKILL})] if has_skill else []
+                world.sessions[index] = session_id = world.plane.create_session(skills=skills)
                 world.plane.set_script(session_id, _script(index, turns))
             case steps.Message():
                 world.plane.say(session_id, "go on")
@@ -265,13 +266,16 @@ def _apply(step: steps.Step, world: World) -> None:
             case steps.KillDispatcher(host=host, steps=count, down_seconds=down):
                 world.hosts.kill(world.hosts.all[host % len(world.hosts.all)], count, down)
             case steps.KillRunner(steps=count):
-                world.cloud.doomed[session_id] = (world.loop.time() + DOOMED_SECONDS, count)
-                for box in boxes:
-                    for run in box.alive():
-                        run.process.die_after(count)
-            case steps.Terminate(keeps_files=keeps_files):
+                world.cloud.doom(session_id, count, lambda run: run.process.die())
+            case steps.Terminate(keeps_files=keeps_files, steps=None):
                 for box in boxes:
                     world.later(world.cloud.terminate(box, keeps_files=keeps_files))
+            case steps.Terminate(keeps_files=keeps_files, steps=int(count)):
+
+                def end(run: Run) -> None:
+                    world.later(world.cloud.terminate(run.box, keeps_files=keeps_files))
+
+                world.cloud.doom(session_id, count, end)
             case steps.Vanish():
                 for box in boxes:
                     world.cloud.end(box)

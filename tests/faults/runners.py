@@ -19,12 +19,12 @@ from unittest import mock
 from anthropic import AsyncAnthropic
 from anthropic.lib.tools import BetaAsyncBuiltinFunctionTool
 
-from shared import runner_claim, runner_process, sandbox_runner
+from shared import runner_claim, runner_process, sandbox_runner, staging
 from shared.runner_job import read_job
 from shared.runner_lock import Lock
 from tests.faults.cloud import Cloud, Run
 from tests.faults.loop import CURRENT, Process, VirtualLoop
-from tests.faults.steps import OWN_TOOL
+from tests.faults.steps import OWN_TOOL, SKILL_FILE
 from tests.faults.wire import Network, client_for, current_process
 
 BOOT_SECONDS = 1.0  # from the start of the process to its first look at the lock
@@ -42,6 +42,8 @@ class Execution:
     ended: float | None = None
     held_lease: bool = False
     """Whether the server's lease was this runner's when it began."""
+    had_skill: bool = False
+    """Whether the session's skill lay where the agent looks for it."""
 
 
 class Runners:
@@ -67,7 +69,7 @@ class Runners:
         job = read_job(None, io.BytesIO(run.stdin), {})
         lock = Lock(run.box.directory / "state")
         run.process.on_death.append(lock.release)
-        (run.box.directory / "workspace").mkdir(exist_ok=True)
+        run.box.workspace.mkdir(exist_ok=True)
         try:
             return await sandbox_runner._serve(job, lock)
         finally:
@@ -104,7 +106,7 @@ class Runners:
                 self.crowds += [f"{process.name} is ready in {run.box.id}, where {name} works" for name in others]
 
     def workdir(self) -> Path:
-        return self.by_process[current_process()].box.directory / "workspace"
+        return self.by_process[current_process()].box.workspace
 
     def terminate(self, pid: int) -> None:
         if process := self._process(pid):
@@ -127,7 +129,8 @@ class Runners:
         if process.is_dead:  # the schedule is over
             return ""
         holds = self.holders.get(run.box.session_id) is process
-        execution = Execution(marker, run, self._loop.time(), held_lease=holds)
+        had_skill = (run.box.workspace / SKILL_FILE).is_file()
+        execution = Execution(marker, run, self._loop.time(), held_lease=holds, had_skill=had_skill)
         self.executions.append(execution)
         try:
             await asyncio.sleep(float(seconds))
@@ -148,6 +151,7 @@ class Runners:
             (runner_process, "kill_descendants", lambda root=None: 0),
             (runner_process, "_processes", list),
             (runner_claim, "AsyncAnthropic", self.client),
+            (staging, "AsyncAnthropic", self.client),
         )
         _here.append(self)
         try:

@@ -19,6 +19,9 @@ class Use:
     seconds: float = 5.0
 
 
+SKILL_NAME = "house-style"
+SKILL_FILE = f"skills/{SKILL_NAME}/SKILL.md"
+
 Turn = tuple[tuple[Use, ...], ...]
 """The model requests of a turn, each with the calls it makes at once."""
 
@@ -34,6 +37,7 @@ class Create(Step):
     session: int
     turns: tuple[Turn, ...] = ()
     """What the agent does about each message."""
+    has_skill: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,12 @@ class KillRunner(Step):
 
 @dataclass(frozen=True)
 class Terminate(Step):
-    """The platform ends the sandbox: SIGTERM, and 30 s later it is gone, files and all unless `keeps_files`."""
+    """The platform ends the sandbox: SIGTERM, and 30 s later it is gone, files and all unless `keeps_files`. Now, or at
+    the Nth step of each runner that is there or starts in the next minute."""
 
     session: int
     keeps_files: bool = True
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,10 @@ class Schedule:
 
     def switch(self, name: str) -> str | int | bool | None:
         return dict(self.switches).get(name)
+
+    @property
+    def has_skills(self) -> bool:
+        return any(isinstance(step, Create) and step.has_skill for step in self.steps)
 
     def with_steps(self, steps: tuple[Step, ...]) -> Schedule:
         return Schedule(self.seed, self.hosts, self.switches, steps)

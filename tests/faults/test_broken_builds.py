@@ -68,7 +68,7 @@ def no_lock() -> contextlib.AbstractContextManager[None]:
         lock.try_take()
         return True
 
-    return _replaced((sandbox_runner, "_take", always))
+    return _replaced((sandbox_runner, "take", always))
 
 
 def unguarded_stop() -> contextlib.AbstractContextManager[None]:
@@ -178,17 +178,17 @@ def no_journal() -> contextlib.AbstractContextManager[None]:
 
 BUILDS: dict[Build, tuple[set[str], int | str]] = {
     early_ack: ({"early ack"}, 0),
-    tools_before_claim: ({"loser"}, 21),
-    no_lock: ({"crowd"}, 5),
-    unguarded_stop: ({"unguarded", "blind"}, 36),
-    heal_by_interrupt: ({"interrupt"}, 7),
+    tools_before_claim: ({"loser"}, 103),
+    no_lock: ({"crowd"}, 30),
+    unguarded_stop: ({"unguarded", "blind"}, 6),
+    heal_by_interrupt: ({"interrupt"}, 6),
     planted_key: ({"planted"}, 0),
     key_in_the_environment: ({"planted"}, 0),
-    no_freeing: ({"lost"}, 4),
+    no_freeing: ({"lost"}, 30),
     freeing_without_a_fence: ({"blind"}, 0),
-    own_tools_unknown: ({"lost"}, 50),
-    no_healing: ({"lost"}, 4),
-    webhooks_only: ({"lost", "slow"}, 1),
+    own_tools_unknown: ({"lost"}, 33),
+    no_healing: ({"lost"}, 6),
+    webhooks_only: ({"lost", "slow"}, 6),
     no_journal: ({"twice"}, "operator_stops_in_a_call"),
 }
 """With the invariants that are there for it, and what breaks one: a seed, or a kept schedule. It is tried first."""

@@ -10,10 +10,33 @@ import pytest
 
 from tests.faults import kept, steps
 from tests.faults.__main__ import SEEDS_APART, report
-from tests.faults.generate import DISPATCHER_STEPS, ORDINARY, RUNNER_STEPS, every_kill, generate
+from tests.faults.generate import (
+    DISPATCHER_STEPS,
+    IN_A_CALL,
+    LONG_CALL,
+    ORDINARY,
+    RUNNER_STEPS,
+    every_kill,
+    every_server,
+    generate,
+)
 from tests.faults.play import play
 from tests.faults.shrink import shrink
-from tests.faults.steps import Create, KillDispatcher, KillRunner, Message, Schedule, Skew, Use
+from tests.faults.steps import (
+    Create,
+    KillDispatcher,
+    KillRunner,
+    Message,
+    Provider,
+    Schedule,
+    Skew,
+    Suspend,
+    Terminate,
+    Use,
+    Webhooks,
+    Wire,
+)
+from tools.emulator.switches import values_of
 
 COUNT = int(os.environ.get("FAULTS_N", "500"))
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
@@ -37,17 +60,59 @@ def test_what_was_once_found(name: str) -> None:
 
 @pytest.mark.parametrize("part", range(2))
 def test_a_kill_at_any_await_loses_nothing(part: int) -> None:
-    """Every eighth here; `make faults` plays them all."""
-    for schedule in list(every_kill())[part * 4 :: 8]:
+    """Every ninth of them in all; `make faults` plays the others too."""
+    for schedule in list(every_kill())[part * 9 :: 18]:
         outcome = play(schedule)
         assert outcome.violations == [], "\n".join((str(schedule), *outcome.story))
 
 
 def test_the_kills_reach_the_last_await() -> None:
     undisturbed = play(ORDINARY).story
-    for kill in (KillRunner(0.6, 0, RUNNER_STEPS), KillDispatcher(0.6, 0, DISPATCHER_STEPS, 30.0)):
-        disturbed = play(ORDINARY.with_steps((*ORDINARY.steps, kill))).story
-        assert [line for line in disturbed if "Kill" not in line] == undisturbed
+    for step in (
+        KillRunner(0.6, 0, RUNNER_STEPS),
+        Terminate(0.6, 0, steps=RUNNER_STEPS),
+        KillDispatcher(0.6, 0, DISPATCHER_STEPS, 30.0),
+    ):
+        disturbed = play(ORDINARY.with_steps((*ORDINARY.steps, step))).story
+        assert [line for line in disturbed if not line.endswith(repr(step))] == undisturbed
+
+
+def test_trouble_in_a_call_loses_nothing_on_any_server() -> None:
+    """Every eleventh here; `make faults` plays them all."""
+    for schedule in list(every_server())[::11]:
+        outcome = play(schedule)
+        assert outcome.violations == [], "\n".join((str(schedule), *outcome.story))
+
+
+def test_the_trouble_in_a_call_meets_one() -> None:
+    times = {line.split("  ")[-1]: float(line.split()[0]) for line in play(LONG_CALL).story}
+    assert times["runner 1 executes s0t0g0c0"] + 5.0 < IN_A_CALL < times["runner 1 is done with s0t0g0c0"] - 5.0
+
+
+def test_every_kind_of_trouble_is_in_the_schedules() -> None:
+    """Those that `make test` plays: every step, every value of every switch, every trouble of the provider's, and every
+    trouble of the answers that the lease depends on."""
+    schedules = [generate(seed) for seed in range(500)]
+    made = [step for schedule in schedules for step in schedule.steps]
+    assert {type(step) for step in made} == set(steps.Step.__subclasses__())
+    assert {schedule.hosts for schedule in schedules} == {2, 3, 4}
+    not_default = {(name, value) for name, (_, *values) in values_of().items() for value in values}
+    assert {switch for schedule in schedules for switch in schedule.switches} == not_default
+    assert {step.kind for step in made if isinstance(step, Webhooks)} == {"lose", "delay", "duplicate", "reorder"}
+    assert {(step.call, step.kind) for step in made if isinstance(step, Provider)} == {
+        *(("acquire", kind) for kind in ("slow", "fail", "half_done", "forget")),
+        *(("start", kind) for kind in ("slow", "slow_boot", "fail", "fail_for_good", "half_done", "lie")),
+        *((call, kind) for call in ("list", "release") for kind in ("slow", "fail")),
+    }
+    wires = [step for step in made if isinstance(step, Wire)]
+    assert {(step.operation, step.kind) for step in wires if step.who == "runner"} >= {
+        (operation, kind)
+        for operation in ("work.ack", "work.heartbeat", "work.stop", "events.send")
+        for kind in ("lose_request", "lose_response", "reset_response", "delay")
+    }
+    assert {(step.operation, step.status) for step in wires if step.count == 3} >= {("sessions.get", 500)}
+    assert {step.status for step in wires} == {500, 503, 529, 429, 408}
+    assert {step.seconds for step in made if isinstance(step, Suspend)} >= {20.0, 400.0, 700.0}
 
 
 def test_a_schedule_plays_the_same_again() -> None:

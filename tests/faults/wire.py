@@ -32,6 +32,8 @@ _OPERATIONS = (
     ("sessions.get", "GET", r"/v1/sessions/[^/]+"),
     ("events.send", "POST", r"/v1/sessions/[^/]+/events"),
     ("events.list", "GET", r"/v1/sessions/[^/]+/events"),
+    ("skills.version", "GET", r"/v1/skills/[^/]+/versions/[^/]+"),
+    ("skills.content", "GET", r"/v1/skills/[^/]+/versions/[^/]+/content"),
     ("events.stream", "GET", r"/v1/sessions/[^/]+/events/stream"),
 )
 OPERATIONS = tuple(name for name, _, _ in _OPERATIONS)
