@@ -6,7 +6,6 @@ the sidecar that it puts beside each container (tests/fakes/containers says what
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import uuid
@@ -19,12 +18,14 @@ from tools.sync_shared import ROOT
 FAKES = ROOT / "tests/fakes/containers"
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """For wrangler, where there is no registry. Builds the images once; wrangler's own builds find the layers."""
+def environment(folder: Path, tags: Path) -> dict[str, str]:
+    """For wrangler, where there is no registry. Builds the images once; wrangler's own builds find the layers, and the
+    names that wrangler gives them are written to `tags`."""
     image(folder / "container")
     found = base()
     return {
         "WRANGLER_DOCKER_BIN": str(FAKES / "docker"),
+        "TEST_TAGS": str(tags),
         "MINIFLARE_CONTAINER_EGRESS_IMAGE": image(FAKES),
     } | ({"TEST_BASE_IMAGE": found} if found else {})
 
@@ -44,7 +45,8 @@ class ContainersDev(WorkersDev):
     """Its Worker has a name of its own, by which its containers are found; `remove_all` removes them."""
 
     def __init__(self, folder: Path, directory: Path, settings: dict[str, str]) -> None:
-        super().__init__(folder, directory, settings, **environment(folder))
+        self._tags = directory / "tags"
+        super().__init__(folder, directory, settings, **environment(folder, self._tags))
         self._name = f"test-{uuid.uuid4().hex[:12]}"
 
     def arguments(self) -> list[str]:
@@ -63,11 +65,12 @@ class ContainersDev(WorkersDev):
 
     def remove_all(self) -> None:
         """Whatever this wrangler has left on the Engine."""
-        found = docker("ps", "-aq", "--filter", f"name=workerd-{self._name}-").split()
-        images = set()
-        for container in json.loads(docker("inspect", *found)) if found else []:
-            images |= {name for name in [container["Config"]["Image"]] if name.startswith("cloudflare-dev/")}
-        if found:
+        if found := docker("ps", "-aq", "--filter", f"name=workerd-{self._name}-").split():
             docker("rm", "-f", *found, check=False)
-        for name in images:
-            docker("rmi", name, check=False)  # the layers stay, under the name by which the tests built them
+        remove_tags(self._tags)
+
+
+def remove_tags(tags: Path) -> None:
+    """The names only: the layers stay, under the name by which the tests built them."""
+    for name in tags.read_text(encoding="utf-8").split() if tags.is_file() else []:
+        docker("rmi", name, check=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract import CUSTOM_TOOLS
-from tests.providers.containers_dev import ContainersDev, altered_copy, environment
+from tests.providers.containers_dev import ContainersDev, altered_copy, environment, remove_tags
 from tests.providers.docker_support import docker, gateway, needs_docker
 from tests.providers.workers_dev import WAIT_SECONDS, Seen, workspace
 from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS
@@ -66,9 +66,7 @@ def running(folder: Path, directory: Path, emulator: Emulator, **settings: str) 
 def dev(folder: Path, shared_emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ContainersDev]:
     """With a custom tool in the image, as the README says."""
     directory = tmp_path_factory.mktemp("dev")
-    copy = altered_copy(
-        folder, directory, "container/Dockerfile", "WORKDIR /w", f"COPY my_tools.py {TOOLS}\nWORKDIR /w"
-    )
+    copy = altered_copy(folder, directory, "container/Dockerfile", "EXPOSE", f"COPY my_tools.py {TOOLS}\nEXPOSE")
     (copy / "container/my_tools.py").write_text(CUSTOM_TOOLS, encoding="utf-8")
     settings = {"SANDBOX_KEEP_WARM_SECONDS": "600", "FILES_MAX_MB": "8", "SANDBOX_TOOLS": f"{TOOLS}:tools"}
     settings["SANDBOX_STAGE_FILES"] = "true"
@@ -124,11 +122,12 @@ def talk(emulator: Emulator, dev: ContainersDev) -> Talk:
 
 def test_a_copy_of_the_folder_can_be_deployed(folder: Path, tmp_path: Path) -> None:
     argv = [typescript.program(folder, "wrangler"), "deploy", "--dry-run", "--outdir", str(tmp_path)]
-    environ = typescript.environment() | environment(folder)
+    environ = typescript.environment() | environment(folder, tmp_path / "tags")
     done = subprocess.run(argv, cwd=folder, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "env.SESSIONS (SessionObject)" in done.stdout
     assert (tmp_path / "index.js").is_file()
+    remove_tags(tmp_path / "tags")
 
 
 # --- the main job ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import { errorName, log, runnerLog } from "../_shared/log.ts";
 import type { DispatcherObject } from "./dispatcher_object.ts";
 import { linesOf, readReady, sayIn } from "./runner_log.ts";
 import { exitCode, Sandbox, SandboxRefused, type SandboxState } from "./sandbox.ts";
+import { type Launch, newSession, type Options, type Session, type Started } from "./session.ts";
 import { Workspaces } from "./workspaces.ts";
 
 const TICK_MS = 15_000; // between two looks at a container that works
@@ -21,44 +22,6 @@ const START_MS = 80_000; // below the dispatcher's budget for a launch: a runner
 const SILENT_MS = 300_000; // a container whose first process does not answer for so long is ended
 const MAX_SAVES = 5; // attempts, a look apart
 const CANNOT_BE_SAVED = new Set([413, 422]); // too much, or the archiver failed: another attempt ends the same
-
-/** What a start needs to know of the settings. */
-export interface Options {
-  readonly keepWarmSeconds: number;
-  readonly maxFilesBytes: number;
-  readonly retentionSeconds: number;
-}
-
-interface Launch {
-  readonly sessionId: string;
-  readonly stdin: string;
-  readonly files: LaunchFiles;
-  readonly options: Options;
-}
-
-/** How a start ended. Errors lose their class on the way between objects. */
-export interface Started {
-  readonly outcome: "ready" | "served_already" | "failed";
-  /** Of a failure. */
-  readonly reason: string;
-  readonly retriable: boolean;
-}
-
-/** What an object must know after it has lost its memory. */
-interface Session {
-  readonly id: string;
-  options: Options;
-  /** "awake": it has a container, or has lost one that it does not know of yet. */
-  phase: "asleep" | "awake";
-  /** Of the container there is. */
-  key: string;
-  /** Since when it is in this phase, and, awake, without a runner; in milliseconds. */
-  idleSince: number | undefined;
-  /** A runner was started since the last save. */
-  unsaved: boolean;
-  failedSaves: number;
-  silentSince: number | undefined;
-}
 
 /** All that an object gets of its Worker's bindings: in particular not the environment key (P5). */
 export interface SessionEnv {
@@ -329,12 +292,6 @@ export class SessionObject extends DurableObject<SessionEnv> {
   #store(session: Session): void {
     this.ctx.storage.kv.put("session", session);
   }
-}
-
-function newSession(id: string): Session {
-  const options = { keepWarmSeconds: 0, maxFilesBytes: 0, retentionSeconds: 0 };
-  const nothing = { idleSince: undefined, silentSince: undefined, unsaved: false, failedSaves: 0 };
-  return { id, options, phase: "asleep", key: "", ...nothing };
 }
 
 function unanswered(error: unknown): undefined {
