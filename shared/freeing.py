@@ -22,6 +22,7 @@ from . import log
 from .runner_lease import NO_HEARTBEAT, lease_state
 
 STARTING_SECONDS = 150.0  # an acked item is claimed within milliseconds; this is longer than any launch may take
+_CANNOT_MATCH = "2000-01-01T00:00:00.000000Z"  # no live item has this heartbeat
 SILENT_SECONDS = 600.0  # a lease lapses 300 to 360 s after its last beat; what lives this long does not lapse
 
 _log = logging.getLogger(__name__)
@@ -45,13 +46,27 @@ class Freeing:
 
     async def free(self, item: BetaSelfHostedWork) -> bool:
         """Stops the item unless somebody holds it. Raises `anthropic.APIError`."""
-        if item.state != "stopping" and not await self._is_ours(item):  # who asked for that stop asked for this one
+        if not await (self._is_stopping(item) if item.state == "stopping" else self._is_ours(item)):
             return False
         work = self._client.beta.environments.work
         await work.stop(item.id, environment_id=self._environment_id, force=True)
         reason = f"{item.state} and held by nobody: stopped, so that it can be queued again"
         _log.warning(log.line("healed", session=item.data.id, work=item.id, reason=reason))
         return True
+
+    async def _is_stopping(self, item: BetaSelfHostedWork) -> bool:
+        """Who asked for that stop asked for this one too, unless another host has completed it, and the session is
+        queued again. A beat changes nothing about an item that is stopping, and this one nothing about any other."""
+        work = self._client.with_options(max_retries=0).beta.environments.work
+        try:
+            beat = await work.heartbeat(
+                item.id, environment_id=self._environment_id, expected_last_heartbeat=_CANNOT_MATCH
+            )
+        except anthropic.APIStatusError as error:
+            if error.status_code in (404, 409, 412):
+                return False
+            raise
+        return beat.state == "stopping"
 
     async def _is_ours(self, item: BetaSelfHostedWork) -> bool:
         """Takes the lease, if its last heartbeat is still the one that was listed."""

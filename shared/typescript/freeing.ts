@@ -22,6 +22,8 @@ const SILENT_SECONDS = 600; // a lease lapses 300 to 360 s after its last beat; 
 export type Age = (moment: string | null | undefined) => number;
 
 /** Stops such items. It remembers nothing. */
+const CANNOT_MATCH = "2000-01-01T00:00:00.000000Z"; // no live item has this heartbeat
+
 export class Freeing {
   readonly #client: Anthropic;
   readonly #environmentId: string;
@@ -40,11 +42,26 @@ export class Freeing {
 
   /** Stops the item unless somebody holds it. Throws the SDK's errors. */
   async free(item: BetaSelfHostedWork): Promise<boolean> {
-    if (item.state !== "stopping" && !(await this.#isOurs(item))) return false; // who asked for that stop asked for this one
+    if (!(await (item.state === "stopping" ? this.#isStopping(item) : this.#isOurs(item)))) return false;
     await this.#client.beta.environments.work.stop(item.id, { environment_id: this.#environmentId, force: true });
     const reason = `${item.state} and held by nobody: stopped, so that it can be queued again`;
     log.warning("healed", { session: item.data.id, work: item.id, reason });
     return true;
+  }
+
+  /**
+   * Who asked for that stop asked for this one too, unless another host has completed it, and the session is queued
+   * again. A beat changes nothing about an item that is stopping, and this one nothing about any other.
+   */
+  async #isStopping(item: BetaSelfHostedWork): Promise<boolean> {
+    const condition = { environment_id: this.#environmentId, expected_last_heartbeat: CANNOT_MATCH };
+    try {
+      const beat = await this.#client.beta.environments.work.heartbeat(item.id, condition, { maxRetries: 0 });
+      return beat.state === "stopping";
+    } catch (error) {
+      if ([404, 409, 412].some((status) => isStatus(error, status))) return false;
+      throw error;
+    }
   }
 
   /** Takes the lease, if its last heartbeat is still the one that was listed. */

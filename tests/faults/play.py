@@ -35,7 +35,7 @@ from tools.emulator import tools as together
 from tools.emulator.errors import EmulatorError
 
 SETTLE_SECONDS = 2400.0  # after the last step: two lapsed leases, healed one after the other, and more
-HOPELESS_SECONDS = 700.0  # where recovery is not to be seen; long enough for healing to do something wrong
+HOPELESS_SECONDS = 1500.0  # where recovery is not to be seen; long enough for healing to do something wrong
 CLIENT_SECONDS = 20.0  # how often the people and programs behind a session look what waits for them
 LOOK_SECONDS = 5.0
 _SKILL = f"---\nname: {SKILL_NAME}\ndescription: How we write.\n---\nPlainly.\n"

@@ -580,6 +580,26 @@ async def test_a_stop_that_nobody_completes_is_completed(make_world: MakeWorld) 
     assert world.results(session) == [(LOST, True)]
 
 
+async def test_a_stop_that_another_host_has_completed_is_not_completed_again(make_world: MakeWorld) -> None:
+    """The session is queued again by then: a stop would take it off the queue."""
+    world = make_world(Switches(lease_lapse="never"))
+    emulator = world.emulator
+    session = emulator.create_session()
+    emulator.say(session, "!go")
+    await claim(world.client, emulator, session)
+    emulator.stop_work(session)
+    emulator.advance(610)
+    healer = Healer(world.client, settings_for(emulator))
+    items = await healer.list_work()
+    assert items is not None
+    other = Healer(world.client, settings_for(emulator))
+    assert await other.heal(await other.list_work() or []) == 1
+    assert emulator.work(session)["state"] == "queued"
+    assert await healer.heal(items) == 0
+    assert emulator.work(session)["state"] == "queued"
+    assert count(emulator, "work.stop") == 1
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 
 

@@ -91,8 +91,8 @@ class Guard:
         self._emit = emit
         self._kill = kill
         self._kill_seconds = kill_seconds
-        self.owned = OWNED_TOOLS
-        """The names of the tools that are ours to run, once the SDK has asked for them."""
+        self.owned = OWNED_TOOLS.union(named)
+        """The names of the tools that are ours to run: as we were told, and exactly once the SDK has asked for them."""
         self.running = 0
         self.is_set_up = False
         """The SDK has asked for the tools: it got the session, its skills and its memory."""
