@@ -5,8 +5,10 @@
 PYTHON := .venv/bin/python
 VENV := .venv/.made
 PYTEST := $(PYTHON) -m pytest
+# Two at a time for each core, since most tests wait for processes of their own.
+WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 # On CI a skipped test is a failed one: there, nothing may be missing.
-PARALLEL := -n auto --dist worksteal $(if $(CI),-p tools.fail_on_skip)
+PARALLEL := -n $(WORKERS) --dist worksteal $(if $(CI),-p tools.fail_on_skip)
 
 export UV_PYTHON_DOWNLOADS := never
 # The machine's own certificates, so that what curl and git trust, uv trusts; SSL_CERT_FILE still comes first.
@@ -24,7 +26,7 @@ help: ## This list
 demo: $(VENV) ## One session, end to end on this machine, no account (ARGS="--help" lists the options)
 	@$(PYTHON) -m tools.demo $(ARGS)
 
-test: $(VENV) ## Every test, on all cores
+test: $(VENV) ## Every test (WORKERS=1 ARGS="-x": one at a time, to the first that fails)
 	@$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-emulator: $(VENV) ## The emulator's tests only
