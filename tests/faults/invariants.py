@@ -25,6 +25,7 @@ SKILL_OPERATIONS = ("skills.version", "skills.content")
 LOOK_SECONDS = 25.0  # from a runner's last look at the log to its stop: a fence of a heartbeat, two slow answers
 SILENCE_SECONDS = 590.0  # before healing takes a lease from whoever held it
 KILL_SECONDS = 7.0  # P3 and R5: what a resumed runner still runs ends within a look of 1 s and a kill of 5 s
+BEAT_SECONDS = 31.0  # the SDK's worker beats every 30 s, and only a beat tells a runner that its item was taken away
 HOPELESS = {
     ("secret", "null"): ("lost", "slow", "endless"),
     ("secret", "undecodable"): ("lost", "slow", "endless"),
@@ -182,13 +183,27 @@ def _executions(world: World) -> Iterable[str]:
             yield f"{label}: call {marker} was executed {count} times, by {who}"
     for execution in executions:
         if not execution.held_lease:
-            yield f"loser: call {execution.marker} was executed by {execution.run.process.name}, not holding the lease"
+            label = "forced" if _is_after_forced_stop(world, execution) else "loser"
+            who = execution.run.process.name
+            yield f"{label}: call {execution.marker} was executed by {who}, not holding the lease"
     for one, other in permutations(executions, 2):
         if one.run is other.run or one.run.box.session_id != other.run.box.session_id or one.began > other.began:
             continue
         if _active_until(world, one) - KILL_SECONDS > other.began:
             names = f"{one.run.process.name} and {other.run.process.name}"
-            yield f"overlap: {names} execute {one.marker} and {other.marker} at once"
+            is_known = any(not each.held_lease and _is_after_forced_stop(world, each) for each in (one, other))
+            yield f"{'forced' if is_known else 'overlap'}: {names} execute {one.marker} and {other.marker} at once"
+
+
+def _is_after_forced_stop(world: World, execution: Execution) -> bool:
+    """Whether an operator took the item away, without asking, less than a beat before the call."""
+    return any(
+        step.force
+        and world.sessions.get(step.session) == execution.run.box.session_id
+        and step.at <= execution.began < step.at + BEAT_SECONDS
+        for step in world.schedule.steps
+        if isinstance(step, steps.OperatorStop)
+    )
 
 
 def _active_until(world: World, execution: Execution) -> float:

@@ -12,4 +12,7 @@ NOT_YET: dict[str, str] = {
     " runner is told to leave, on a server that refuses its token after the stop), the next runner runs it again. Only"
     " a mark outside of that disk could tell it, and the one place that a session's token can write to is its event"
     " log, where every entry is the agent's to read. docs/lost-sessions.md says so under what is not promised.",
+    "forced": "An operator stops an item by force, and its runner learns of it with its next heartbeat, within 30 s."
+    " Where the session is queued again meanwhile and the provider no longer lists the sandbox, a second runner serves"
+    " in another one, and the first may begin a call beside it. Only a heartbeat before each call could tell it.",
 }
