@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import signal
+import subprocess
 import tarfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +127,102 @@ def test_files_are_restored_once_and_saved_only_then(sandbox: Any) -> None:
     restore(sandbox, b"")
     with pytest.raises(init.Refused, match="has files already"):
         restore(sandbox, b"")
+
+
+class Meddled(io.BytesIO):
+    """A file that does something, once, after the first of it was read or written."""
+
+    def __init__(self, content: bytes, meddle: Callable[[], None]) -> None:
+        super().__init__(content)
+        self._meddle: Callable[[], None] | None = meddle
+
+    def _once(self) -> None:
+        meddle, self._meddle = self._meddle, None
+        if meddle:
+            meddle()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        chunk = super().read(size)
+        self._once()
+        return chunk
+
+    def write(self, chunk: Any, /) -> int:
+        self._once()
+        return super().write(chunk)
+
+
+def kill_tar() -> None:
+    """As the kernel does that is out of memory: it alone, at once, wherever it is."""
+    for pid in init.runner_process.descendants(os.getpid()):
+        name, state = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rsplit(") ", 1)
+        if (name, int(state.split()[1])) == ("tar", os.getpid()):  # it has children of the same name
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_restore_whose_archiver_was_killed_is_none(sandbox: Any, tmp_path: Path) -> None:
+    restore(sandbox, b"")
+    (workspace(sandbox) / "noise").write_bytes(os.urandom(1 << 20))
+    content = archive(sandbox)
+    other = make(tmp_path / "other")
+    with pytest.raises(init.Refused, match="tar failed with -9: it was killed") as refused:
+        other.restore(Meddled(content, kill_tar), len(content), hashlib.sha256(content).hexdigest())
+    assert (refused.value.status, other.state()["fresh"]) == (422, True)
+
+
+def test_a_save_whose_archiver_was_killed_is_none(sandbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    restore(sandbox, b"")
+    (workspace(sandbox) / "noise").write_bytes(os.urandom(4 << 20))  # more than fits into pipes
+    monkeypatch.setattr(sandbox, "_spool_file", lambda: Meddled(b"", kill_tar))
+    with pytest.raises(init.Refused, match="tar failed with -9: it was killed") as refused:
+        archive(sandbox)
+    assert refused.value.status == 422
+    monkeypatch.undo()
+    archive(sandbox)
+
+
+def test_files_are_restored_by_one_at_a_time(sandbox: Any, tmp_path: Path) -> None:
+    """An object that lost its memory meanwhile would begin again."""
+    restore(sandbox, b"")
+    (workspace(sandbox) / "file").write_text("content")
+    content = archive(sandbox)
+    other = make(tmp_path / "other")
+    refusals: list[Any] = []
+
+    def again() -> None:
+        with pytest.raises(init.Refused, match="half of them") as refused:
+            restore(other, content)
+        refusals.append(refused.value.status)
+
+    other.restore(Meddled(content, again), len(content), hashlib.sha256(content).hexdigest())
+    assert refusals == [409]
+    assert (workspace(other) / "file").read_text() == "content"
+
+
+def test_a_restore_that_failed_is_not_tried_again_on_top_of_it(sandbox: Any) -> None:
+    with pytest.raises(init.Refused, match="tar failed"):
+        restore(sandbox, b"no archive")
+    with pytest.raises(init.Refused, match="half of them"):
+        restore(sandbox, b"")
+    assert sandbox.state()["fresh"]
+
+
+def test_a_runner_is_over_even_where_another_thread_collected_the_orphan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runners end at once, and both see the same orphan."""
+    sandbox = make(tmp_path / "one")
+    sandbox._runner = ["true"]
+    restore(sandbox, b"")
+    collected = subprocess.Popen(["true"])
+    collected.wait()
+    monkeypatch.setattr(init, "_zombies", lambda: [collected.pid])
+    monkeypatch.setattr(init.runner_process, "descendants", lambda _: [])  # it kills what is below this very process
+    died: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    output = sandbox.start({}, b"{}")
+    assert list(iter(lambda: output.get(timeout=60), None)) == [b'{"event": "ended", "code": 0}\n']
+    assert sandbox.state()["runners"] == 0
+    assert not died
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])

@@ -1,7 +1,7 @@
 """The first process of a sandbox container: does what the session's Durable Object asks on port 8080.
 
     GET /            the state, as JSON
-    PUT /workspace   the files of an earlier container, or none; a fresh container starts no runner before this
+    PUT /workspace   the files of an earlier container, or none; once, and a fresh container starts no runner before it
     POST /runners    puts files in place and starts a runner; answers with its output, up to its end
     GET /runners     the output from now on of the runners there are, up to the end of the last
     GET /workspace   the files, as one archive; not while there is a runner
@@ -73,6 +73,7 @@ class Sandbox:
         self._spool = spool
         self._runner = runner or RUNNER
         self._changed = threading.Condition()
+        self._was_filled = False  # or is being: two archivers in one directory would leave a mix
         self._fresh = True
         self._stopping = False
         self._archiving = False
@@ -148,8 +149,9 @@ class Sandbox:
     def restore(self, body: io.BufferedIOBase, size: int, sha256: str) -> None:
         """Unpacks an archive into a fresh container. After a failure the container is of no use. Raises `Refused`."""
         with self._changed:
-            if not self._fresh:
-                raise Refused(409, "the sandbox has files already")
+            if self._was_filled:
+                raise Refused(409, "the sandbox has files already, or half of them")
+            self._was_filled = True
         if size:
             digest, left = hashlib.sha256(), size
             with _tar(["--extract", "--preserve-permissions", "--file", "-"], self._workdir) as (tar, _):
@@ -192,11 +194,16 @@ class Sandbox:
         with contextlib.suppress(BrokenPipeError), _pipe(process.stdin) as stdin:  # it may have ended, and says why
             stdin.write(job)
         code = process.wait()
-        self._kill_leftovers(process.pid)
-        pump.join(1.0)  # with the leftovers gone, nobody writes any more
-        self._say(json.dumps({"event": "ended", "code": code}).encode() + b"\n")
+        try:
+            self._kill_leftovers(process.pid)
+            pump.join(1.0)  # with the leftovers gone, nobody writes any more
+            self._say(json.dumps({"event": "ended", "code": code}).encode() + b"\n")
+        finally:  # a runner that counts for ever is never saved behind, nor its container put to sleep
+            self._ended(process.pid)
+
+    def _ended(self, runner: int) -> None:
         with self._changed:
-            del self._runners[process.pid]
+            del self._runners[runner]
             if not self._runners:
                 for output in self._outputs:
                     _put(output, None)
@@ -235,7 +242,8 @@ class Sandbox:
         for pid in _zombies():
             with self._changed:
                 if pid not in self._runners:  # of those, their own threads know
-                    os.waitpid(pid, os.WNOHANG)
+                    with contextlib.suppress(ChildProcessError):  # another runner's thread was faster
+                        os.waitpid(pid, os.WNOHANG)
 
     def _spool_file(self) -> IO[bytes]:
         """A file without a name."""
@@ -281,7 +289,7 @@ def _tar(arguments: list[str], directory: Path) -> Iterator[tuple[IO[bytes], IO[
         timer.start()
         try:
             yield _pipe(tar.stdin), _pipe(tar.stdout)
-            if tar.wait() > 1:  # 1: a file changed meanwhile
+            if tar.wait() not in (0, 1):  # 1: a file changed meanwhile; below 0: it was killed
                 said.seek(0)
                 reason = said.readline(_REASON_CHARACTERS).decode(errors="replace").strip()
                 raise Refused(422, f"tar failed with {tar.returncode}: {reason or 'it was killed'}")
