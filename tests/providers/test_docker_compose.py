@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.providers import docker_support as support
 from tests.providers.docker_support import FOLDER, docker, needs_docker
@@ -28,8 +29,24 @@ def _is_missing() -> bool:
     return support.PROBLEM is None and _compose() == ["docker-compose"] and not shutil.which("docker-compose")
 
 
+needs_compose = pytest.mark.skipif(_is_missing() and not os.environ.get("CI"), reason="no docker compose")
+
+
 @needs_docker
-@pytest.mark.skipif(_is_missing() and not os.environ.get("CI"), reason="no docker compose")
+@needs_compose
+def test_an_image_of_the_operators_own_is_run_and_never_built_over(tmp_path: Path) -> None:
+    shutil.copy(FOLDER / "compose.yaml", tmp_path)
+    (tmp_path / ".env").write_text("DOCKER_IMAGE=my-toolchain:1\n", encoding="utf-8")
+    environ = {key: value for key, value in os.environ.items() if key != "DOCKER_IMAGE"}
+    done = subprocess.run([*_compose(), "config"], cwd=tmp_path, env=environ, capture_output=True, check=True)
+    services = yaml.safe_load(done.stdout)["services"]
+    assert services["image"]["image"] == "sandboxes-docker"
+    assert services["worker"]["environment"]["DOCKER_IMAGE"] == "my-toolchain:1"
+    assert "image" not in services["worker"]
+
+
+@needs_docker
+@needs_compose
 @pytest.mark.timeout(240)
 async def test_one_command_makes_a_worker_that_serves_and_may_go(tmp_path: Path) -> None:
     name = f"sandboxes-test-{uuid.uuid4().hex[:8]}"
@@ -43,8 +60,11 @@ async def test_one_command_makes_a_worker_that_serves_and_may_go(tmp_path: Path)
             "ANTHROPIC_BASE_URL": emulator.url,
         }
         (project / ".env").write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
+        # A tag of this test's own: this machine may have a `sandboxes-docker`, and other tests run at once.
+        (project / "test.yaml").write_text(f"services: {{image: {{image: {name}}}}}\n", encoding="utf-8")
+        files = {"COMPOSE_FILE": "compose.yaml:test.yaml", "COMPOSE_PROJECT_NAME": name}
         base = {"BASE_IMAGE": found} if (found := support.base()) else {}
-        environ = {**os.environ, **base, "DOCKER_IMAGE": name, "COMPOSE_PROJECT_NAME": name}
+        environ = {**os.environ, **base, **files, "DOCKER_IMAGE": name}
 
         def compose(*arguments: str) -> None:
             done = subprocess.run(
