@@ -29,6 +29,7 @@ EXIT_SETTINGS = 2
 EXIT_BAD_ITEM = 64
 EXIT_TOLD_TO_STOP = 143
 ENGINE_SECONDS = 60.0  # an Engine that is away for longer has ended the runner
+PAUSE_SECONDS = 1.0  # between two questions
 
 _log = logging.getLogger(__name__)
 
@@ -50,19 +51,22 @@ async def serve(item: BetaSelfHostedWork, settings: Settings, provider: DockerPr
 
 
 async def until_served(provider: DockerProvider, session_id: str) -> None:
-    """Asks again when the Engine was away: the end of a connection is not the end of a runner."""
+    """Asks again when the Engine was away: the end of a connection is not the end of a runner. Raises `LaunchFailed`
+    when it stays away."""
     deadline = None
     while True:
         try:
-            await provider.until_no_runner(session_id)
-            return
+            if not await provider.has_runner(session_id):
+                return
+            deadline = None
+            await provider.until_runners_end(session_id)
         except LaunchFailed as error:
             now = asyncio.get_running_loop().time()
             deadline = deadline or now + ENGINE_SECONDS
             if now > deadline:
                 raise
             _log.warning(log.line("wait", provider=provider.name, session=session_id, reason=error.args[0]))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(PAUSE_SECONDS)
 
 
 def read_item(raw: bytes) -> BetaSelfHostedWork:

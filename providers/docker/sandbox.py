@@ -180,13 +180,24 @@ class DockerProvider:
             for part in (containers.WORKSPACE, containers.HOME):
                 await self._engine.remove_volume(self._names.volume(sandbox_id, part))
 
-    async def until_no_runner(self, session_id: str) -> None:
-        """Returns when the session has no runner in its sandbox, or no sandbox. Raises `LaunchFailed`."""
-        sandbox = DockerSandbox(self._engine, self._names.sandbox(session_id), False, self._argv)
+    async def has_runner(self, session_id: str) -> bool:
+        """Whether somebody serves the session. A sandbox that runs and does not answer counts: without a runner it
+        ends by itself. Raises `LaunchFailed` when the Engine does not say."""
+        name, state = self._names.sandbox(session_id), None
+        with mapped():
+            with racing():
+                state = await DockerSandbox(self._engine, name, False, self._argv).hold()
+            if state is None:
+                found = await self._engine.container(name)
+                return found is not None and bool(found["State"]["Running"])
+        return bool(state["runners"])
+
+    async def until_runners_end(self, session_id: str) -> None:
+        """Returns when those that run now have ended, or the connection has: ask `has_runner` again. Raises
+        `LaunchFailed`."""
         with mapped(), racing():
-            while (state := await sandbox.hold()) and state["runners"]:
-                async for _ in self._engine.execute(sandbox.id, _ENTER, b'{"do": "wait"}\n'):
-                    pass  # it says nothing; the end of it is the answer, or the end of this connection
+            async for _ in self._engine.execute(self._names.sandbox(session_id), _ENTER, b'{"do": "wait"}\n'):
+                pass  # it says nothing
 
     async def stop(self, session_id: str) -> None:
         """Lets the session's runner hand over and ends its sandbox. The files stay. Raises `LaunchFailed`."""

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import pytest
@@ -89,6 +90,91 @@ async def test_it_serves_the_item_and_stays_until_it_is_served(emulator: Emulato
         assert "the answer is 42" in str(emulator.events(session, "agent.message"))
         assert emulator.work(session)["state"] == "stopped"  # by its runner, after the turn
     assert emulator.environment_key not in docker("inspect", f"sandbox-{emulator.environment_id}-{session}")
+
+
+class _Answers:
+    """A provider that says one thing after another of a session's runner."""
+
+    name = "docker"
+
+    def __init__(self, *answers: bool | Exception) -> None:
+        self._answers = iter(answers)
+
+    async def has_runner(self, session_id: str) -> bool:
+        answer = next(self._answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def until_runners_end(self, session_id: str) -> None:
+        await asyncio.sleep(0.1)  # longer than the Engine may be away
+        raise AWAY
+
+
+AWAY = DOCKER.shared("errors").LaunchFailed("the Docker Engine broke off", retriable=True)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DOCKER.module("on_work"), "ENGINE_SECONDS", 0.05)
+    monkeypatch.setattr(DOCKER.module("on_work"), "PAUSE_SECONDS", 0.001)
+
+
+async def test_connections_that_break_again_and_again_do_not_end_it(impatient: None) -> None:
+    await DOCKER.module("on_work").until_served(_Answers(AWAY, True, True, AWAY, True, False), "sesn_1")
+
+
+async def test_an_engine_that_stays_away_ends_it(impatient: None) -> None:
+    with pytest.raises(DOCKER.shared("errors").LaunchFailed, match="broke off"):
+        await DOCKER.module("on_work").until_served(_Answers(True, *[AWAY] * 10_000), "sesn_1")
+
+
+class _Engine:
+    """An Engine that answers a command in a container with these lines, and knows the container in this state."""
+
+    def __init__(self, lines: list[bytes], running: bool | None) -> None:
+        self._lines, self._running = lines, running
+
+    async def execute(self, container_id: str, argv: list[str], stdin: bytes) -> AsyncIterator[bytes]:
+        for line in self._lines:
+            yield line
+
+    async def container(self, name: str) -> dict[str, Any] | None:
+        return None if self._running is None else {"State": {"Running": self._running}}
+
+
+@pytest.mark.parametrize(
+    ("lines", "running", "expected"),
+    [
+        ([b'{"stopping": false, "runners": 1}'], True, True),
+        ([b'{"stopping": false, "runners": 0}'], True, False),
+        ([], True, True),  # the Engine was started again in the middle of it
+        ([b"OCI runtime exec failed: exec failed: resource temporarily unavailable"], True, True),  # no process is left
+        ([], False, False),
+        ([], None, False),
+    ],
+)
+async def test_a_sandbox_that_runs_and_does_not_answer_may_have_a_runner(
+    lines: list[bytes], running: bool | None, expected: bool
+) -> None:
+    provider = DOCKER.sandbox.DockerProvider(
+        _Engine(lines, running), namespace="env_1", base_url="https://api.anthropic.com"
+    )
+    assert await provider.has_runner("sesn_1") is expected
+
+
+async def test_a_paused_sandbox_is_waited_for() -> None:
+    sandboxes = support.Sandboxes()
+    try:
+        sandbox, _ = await sandboxes.begin("sesn_1", "true", linger=True)
+        docker("pause", sandbox.id)
+        assert await sandboxes.provider.has_runner("sesn_1")
+        docker("unpause", sandbox.id)
+        assert await sandboxes.provider.has_runner("sesn_1")
+        docker("rm", "-f", sandbox.id)
+        assert not await sandboxes.provider.has_runner("sesn_1")
+    finally:
+        await sandboxes.close()
 
 
 async def test_told_to_stop_it_lets_the_runner_hand_over(emulator: Emulator, folder: Path) -> None:
