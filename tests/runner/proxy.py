@@ -90,7 +90,7 @@ class Proxy:
         return self.seen.count(operation)
 
     async def wait_count(self, operation: str, count: int) -> None:
-        async with asyncio.timeout(30), self.changed:
+        async with asyncio.timeout(60), self.changed:
             await self.changed.wait_for(lambda: self.count(operation) >= count)
 
     def _add(self, fault: Fault) -> Fault:

@@ -370,7 +370,7 @@ async def test_the_lock_record_follows_the_session(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
     record = tmp_path / "state" / "runner.lock"
-    runner = await in_process(emulator, proxy.url, tmp_path)
+    runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="5")
     assert '"loading"' in record.read_text()
     running = runner.start()
     await proxy.wait_count("stream", 1)
