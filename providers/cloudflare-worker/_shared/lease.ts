@@ -96,6 +96,11 @@ export class Lease {
     return this.#triedAt + Math.max(1, Math.min(this.#record.ttlSeconds / 2, pause)) * 1000 - Date.now();
   }
 
+  /** Also while a beat was on its way: its answer is then of no use, and the record may be another runner's. */
+  get #isOver(): boolean {
+    return this.#end !== undefined;
+  }
+
   get #ageSeconds(): number {
     return (Date.now() - this.#record.beatenAt) / 1000;
   }
@@ -124,7 +129,7 @@ export class Lease {
   }
 
   async #beat(): Promise<boolean> {
-    if (this.#end !== undefined) return false;
+    if (this.#isOver) return false;
     const sentAt = Date.now();
     const before = this.#record.unknownSince;
     this.#triedAt = sentAt;
@@ -133,9 +138,10 @@ export class Lease {
     try {
       answer = await this.#send(this.#record.lastHeartbeat ?? NO_HEARTBEAT);
     } catch (error) {
-      return this.#noteRefusal(apiError(error), before);
+      const refusal = apiError(error);
+      return this.#isOver ? false : this.#noteRefusal(refusal, before);
     }
-    return this.#note(answer, sentAt, before);
+    return this.#isOver ? false : this.#note(answer, sentAt, before);
   }
 
   /** Asks for the item's lease without touching it, with a heartbeat whose condition cannot hold (R3). */

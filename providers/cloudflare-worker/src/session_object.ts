@@ -12,6 +12,7 @@ import type { Job } from "../_shared/jobs.ts";
 import { Lease } from "../_shared/lease.ts";
 import { errorName, log, runnerLog } from "../_shared/log.ts";
 import { type Exit, type Hands, Runner, type RunnerStore } from "../_shared/runner.ts";
+import { patternOf, redact } from "../_shared/secrets.ts";
 import { customTools } from "./custom_tools.ts";
 import type { DispatcherObject } from "./dispatcher_object.ts";
 import { type Entry, FileError, Files, WORKDIR } from "./files.ts";
@@ -63,13 +64,15 @@ export class SessionObject extends DurableObject<SessionEnv> {
   override async alarm(): Promise<void> {
     const launch = this.#state.exists() ? this.#state.launch() : undefined;
     if (launch === undefined) {
-      await this.ctx.storage.deleteAll(); // nobody used these files for as long as they are kept
+      const keptUntil = this.#state.exists() ? (this.#state.keptUntil() ?? 0) : 0;
+      if (keptUntil > Date.now()) await this.ctx.storage.setAlarm(keptUntil);
+      else await this.ctx.storage.deleteAll(); // nobody used these files for as long as they are kept
       return;
     }
     this.#ensureRunning(launch);
     const lease = this.#runner?.lease;
     if (lease?.isClaimed && lease.beatInMs <= SHORTEST_TICK_MS) await lease.beat();
-    if (this.#running !== undefined) await this.#tickAgain();
+    await this.#tickAgain();
   }
 
   /** The session's files by path; undefined when there is no such session here. */
@@ -142,6 +145,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
     const store: RunnerStore = {
       lease: () => this.#state.lease(),
       saveLease: (record) => {
+        if (this.#runner !== runner) return; // a late answer, to a runner that has ended
         this.#state.saveLease(record);
         void this.#tickAgain(); // in the same transaction: the next beat is as sure as this one
       },
@@ -157,9 +161,11 @@ export class SessionObject extends DurableObject<SessionEnv> {
       .run()
       .then(ended, async (error: unknown) => {
         // A mistake of ours. The next alarm tries again; in the end the lease lapses and healing answers.
-        const reason = error instanceof Error ? (error.stack ?? error.message) : String(error);
+        const stack = error instanceof Error ? (error.stack ?? error.message) : String(error);
+        const reason = redact(stack, patternOf(launch.job.token));
         log.error("runner", { session: launch.job.sessionId, error: errorName(error), reason });
         if (this.#state.noteCrash() >= MAX_CRASHES) await ended({ code: EXIT_CRASHED, reason: "it failed too often" });
+        else await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
       })
       .finally(() => {
         this.#running = undefined;
@@ -170,8 +176,10 @@ export class SessionObject extends DurableObject<SessionEnv> {
 
   /** The files stay for the next message, and no longer than they are kept. */
   async #end(launch: Launch): Promise<void> {
-    this.#state.end();
-    await this.ctx.storage.setAlarm(Date.now() + launch.retentionSeconds * 1000);
+    this.#runner = undefined; // before all else: from here on it beats and saves no more
+    const keptUntil = Date.now() + launch.retentionSeconds * 1000;
+    this.#state.end(keptUntil);
+    await this.ctx.storage.setAlarm(keptUntil);
     void this.#tellDispatcher(launch.job.sessionId); // the next runner need not wait for that
   }
 
@@ -193,7 +201,10 @@ export class SessionObject extends DurableObject<SessionEnv> {
         await installSkills(session, api, files, this.#state.skills, launch.areSkillsBrought);
         if (launch.job.isItemToken) await memory.mount(session, api); // the server refuses another token there
       },
-      sync: (isFinal) => memory.sync(isFinal),
+      sync: (isFinal) => {
+        if (!isFinal) this.#state.forgetCrashes(); // after a call that was answered
+        return memory.sync(isFinal);
+      },
     };
   }
 
@@ -201,9 +212,11 @@ export class SessionObject extends DurableObject<SessionEnv> {
     return new Files(this.ctx.storage.sql, maxBytes);
   }
 
-  #tickAgain(): Promise<void> {
-    const lease = this.#runner?.lease;
-    const inMs = lease?.isClaimed ? Math.min(TICK_MS, Math.max(SHORTEST_TICK_MS, lease.beatInMs)) : TICK_MS;
-    return this.ctx.storage.setAlarm(Date.now() + inMs);
+  /** While there is a runner: the alarm after it is that of the end. */
+  async #tickAgain(): Promise<void> {
+    if (this.#runner === undefined) return;
+    const { lease } = this.#runner;
+    const inMs = lease.isClaimed ? Math.min(TICK_MS, Math.max(SHORTEST_TICK_MS, lease.beatInMs)) : TICK_MS;
+    await this.ctx.storage.setAlarm(Date.now() + inMs);
   }
 }

@@ -74,15 +74,19 @@ export class State implements RunnerStore {
   /** A new runner: what an older one knew of its lease is not its own. */
   begin(launch: Launch): void {
     this.#storage.transactionSync(() => {
-      for (const key of ["lease", "crashes"]) this.#delete(key);
+      for (const key of ["lease", "crashes", "keptUntil"]) this.#delete(key);
       this.#set("launch", launch);
     });
   }
 
-  /** No runner any more; the token goes with it. Begun calls stay: the next runner answers for them. */
-  end(): void {
+  /**
+   * No runner any more; the token goes with it. Begun calls stay: the next runner answers for them. The files are kept until
+   * `keptUntil`, in milliseconds since the epoch.
+   */
+  end(keptUntil: number): void {
     this.#storage.transactionSync(() => {
       for (const key of ["launch", "lease", "crashes"]) this.#delete(key);
+      this.#set("keptUntil", keptUntil);
     });
   }
 
@@ -91,6 +95,16 @@ export class State implements RunnerStore {
     const crashes = (this.#get<number>("crashes") ?? 0) + 1;
     this.#set("crashes", crashes);
     return crashes;
+  }
+
+  /** A runner got somewhere: its predecessors' mistakes do not count against the next one. */
+  forgetCrashes(): void {
+    this.#delete("crashes");
+  }
+
+  /** Until when the files of a session without a runner are kept; undefined while there is one. */
+  keptUntil(): number | undefined {
+    return this.#get<number>("keptUntil");
   }
 
   lease(): LeaseRecord | undefined {

@@ -48,6 +48,9 @@ describe.skipIf(env.EMULATOR_URL === "")("a session's object", () => {
     expect(((alarm ?? 0) - Date.now()) / 1000).toBeGreaterThan(50);
     expect(await objectOf(id).listFiles()).toHaveLength(1);
     await runDurableObjectAlarm(objectOf(id));
+    expect(await objectOf(id).listFiles(), "an alarm before its time deletes nothing").toHaveLength(1);
+    await runInDurableObject(objectOf(id), (_, state) => new State(state.storage).end(Date.now()));
+    await runDurableObjectAlarm(objectOf(id));
     expect(await objectOf(id).listFiles()).toBeUndefined();
   });
 
@@ -85,6 +88,18 @@ describe.skipIf(env.EMULATOR_URL === "")("a session's object", () => {
       );
     });
     expect(await claims(id)).toBe(2);
+  });
+
+  it("does not hold a mistake of ours against a runner that got somewhere", async () => {
+    const { job, id } = await reserved([WRITE, { custom: { theirs: {} } }, "end"]);
+    await runInDurableObject(objectOf(id), async (object, { storage }) => {
+      await object.start({ job, maxFilesBytes: 64 * MIB, retentionSeconds: 60 });
+      const state = new State(storage);
+      state.noteCrash();
+      await until(id, (seen) => seen.events.some(({ type }) => type === "agent.custom_tool_use"));
+      expect(state.launch()).toBeDefined();
+      expect(state.noteCrash()).toBe(1);
+    });
   });
 
   it("stores nothing for a session that nobody started", async () => {
