@@ -35,6 +35,8 @@ export interface Session {
   key: string;
   /** Since when it is in this phase, and, awake, without a runner; in milliseconds. */
   idleSince: number | undefined;
+  /** The last hand-out came to nothing, or is being started: the container waits for the next one, however short it is kept warm. */
+  held: boolean;
   /** A runner was started since the last save. */
   unsaved: boolean;
   failedSaves: number;
@@ -44,6 +46,6 @@ export interface Session {
 /** Of a session that nobody has spoken to yet. */
 export function newSession(id: string): Session {
   const options = { keepWarmSeconds: 0, maxFilesBytes: 0, retentionSeconds: 0 };
-  const nothing = { idleSince: undefined, silentSince: undefined, unsaved: false, failedSaves: 0 };
+  const nothing = { idleSince: undefined, silentSince: undefined, held: false, unsaved: false, failedSaves: 0 };
   return { id, options, phase: "asleep", key: "", ...nothing };
 }

@@ -8,7 +8,7 @@
  */
 
 import { DurableObject } from "cloudflare:workers";
-import type { LaunchFiles } from "../_shared/dispatcher.ts";
+import { type LaunchFiles, RECLAIM_MS } from "../_shared/dispatcher.ts";
 import { LaunchFailed } from "../_shared/errors.ts";
 import { errorName, log, runnerLog } from "../_shared/log.ts";
 import type { DispatcherObject } from "./dispatcher_object.ts";
@@ -19,9 +19,13 @@ import { Workspaces } from "./workspaces.ts";
 
 const TICK_MS = 15_000; // between two looks at a container that works
 const START_MS = 80_000; // below the dispatcher's budget for a launch: a runner that starts later finds nobody who waits
+const HELD_MS = RECLAIM_MS + 80_000; // until an item that was not acked is handed out again, and the sweep that finds it
 const SILENT_MS = 300_000; // a container whose first process does not answer for so long is ended
 const MAX_SAVES = 5; // attempts, a look apart
-const CANNOT_BE_SAVED = new Set([413, 422]); // too much, or the archiver failed: another attempt ends the same
+const SAVES_REFUSED = new Map([
+  [413, 1], // it is too much, and stays so
+  [422, 2], // the archiver failed, perhaps for want of memory
+]);
 
 /** All that an object gets of its Worker's bindings: in particular not the environment key (P5). */
 export interface SessionEnv {
@@ -79,9 +83,11 @@ export class SessionObject extends DurableObject<SessionEnv> {
     const session = { ...(this.#load() ?? newSession(launch.sessionId)), options: launch.options };
     const sandbox = await this.#awake(session);
     if (Date.now() > until) {
+      Object.assign(session, { held: true, idleSince: Date.now() });
+      this.#store(session);
       throw new LaunchFailed("the container took too long; the next hand-out finds it ready", { retriable: false });
     }
-    Object.assign(session, { unsaved: true, failedSaves: 0, idleSince: undefined });
+    Object.assign(session, { held: false, unsaved: true, failedSaves: 0, idleSince: undefined });
     this.#store(session);
     await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
     const me = Symbol(session.id);
@@ -121,8 +127,8 @@ export class SessionObject extends DurableObject<SessionEnv> {
   }
 
   async #boot(session: Session): Promise<Sandbox> {
-    Object.assign(session, { phase: "awake", key: crypto.randomUUID(), idleSince: Date.now(), unsaved: false });
-    session.silentSince = undefined;
+    Object.assign(session, { phase: "awake", key: crypto.randomUUID(), held: true, unsaved: false });
+    session.idleSince = session.silentSince = undefined; // it is idle from when it is seen to be, however long it takes
     this.#store(session);
     await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
     await this.ctx.storage.sync(); // a container whose key was forgotten would answer nobody
@@ -172,7 +178,8 @@ export class SessionObject extends DurableObject<SessionEnv> {
   async #rest(session: Session, state: SandboxState): Promise<void> {
     session.idleSince ??= Date.now();
     if (session.unsaved) await this.#save(session);
-    const warmUntil = session.idleSince + session.options.keepWarmSeconds * 1000;
+    const warmMs = Math.max(session.options.keepWarmSeconds * 1000, session.held ? HELD_MS : 0);
+    const warmUntil = session.idleSince + warmMs;
     if (!session.unsaved && (state.stopping || Date.now() >= warmUntil)) return await this.#sleep(session);
     this.#store(session);
     const next = session.unsaved || state.stopping ? Date.now() + TICK_MS : warmUntil;
@@ -197,7 +204,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
       session.failedSaves += 1;
       const refused = error instanceof SandboxRefused ? error : undefined;
       log.warning("not_saved", { ...names, error, reason: refused?.message });
-      if (session.failedSaves < MAX_SAVES && !CANNOT_BE_SAVED.has(refused?.status ?? 0)) return;
+      if (session.failedSaves < (SAVES_REFUSED.get(refused?.status ?? 0) ?? MAX_SAVES)) return;
       log.error("files_lost", {
         session: session.id,
         reason: "given up: the next container gets the files saved before",
@@ -246,7 +253,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
     const due = (session.idleSince ?? 0) + session.options.retentionSeconds * 1000;
     if (Date.now() < due) return await this.ctx.storage.setAlarm(due);
     await this.#workspaces?.delete(session.id);
-    await this.ctx.storage.deleteAll();
+    await this.ctx.storage.deleteAll(); // the alarm too, from compatibility date 2026-02-24 on
     log.info("deleted", { session: session.id });
   }
 

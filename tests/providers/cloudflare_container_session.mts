@@ -1,0 +1,192 @@
+// providers/cloudflare-container/src/session_object.ts on a clock that is set, run by test_cloudflare_container_session.py.
+//
+// node --experimental-strip-types --test cloudflare_container_session.mts, in a directory that has the folder's src/ and node_modules/.
+// The platform is a double with what the object uses of it: anything else is not a function. What its first process
+// answers, a test says.
+
+import assert from "node:assert/strict";
+import { registerHooks } from "node:module";
+import { join } from "node:path";
+import { mock, test } from "node:test";
+import { pathToFileURL } from "node:url";
+
+const BASE = "export class DurableObject { constructor(ctx, env) { this.ctx = ctx; this.env = env; } }";
+registerHooks({
+  resolve: (name, context, next) =>
+    name === "cloudflare:workers"
+      ? { url: `data:text/javascript,${encodeURIComponent(BASE)}`, shortCircuit: true }
+      : next(name, context),
+});
+const { SessionObject } = await import(pathToFileURL(join(process.cwd(), "src/session_object.ts")).href);
+
+const SESSION = "sesn_1";
+
+let now = 0;
+mock.timers.enable({ apis: ["Date"] });
+
+function pass(seconds: number): void {
+  now += seconds * 1000;
+  mock.timers.setTime(now);
+}
+
+/** One object, its storage, its container and its bucket. */
+class World {
+  boots = 0;
+  saves = 0;
+  isRunning = false;
+  alarm: number | undefined;
+  runners = 0;
+  isFresh = true;
+  isSilent = false;
+  restoreSeconds = 0;
+  onSave: () => void = () => undefined;
+  keepWarmSeconds = 60;
+  /** What a save is answered with. */
+  saveStatus = 200;
+  readonly stored = new Map<string, unknown>();
+  readonly object: any;
+  #ended: () => void = () => undefined;
+
+  constructor() {
+    const world = this;
+    const container = {
+      get running() {
+        return world.isRunning;
+      },
+      start: () => {
+        this.boots += 1;
+        Object.assign(this, { isRunning: true, isFresh: true, runners: 0 });
+      },
+      monitor: () =>
+        new Promise<void>((resolve) => {
+          this.#ended = resolve;
+        }),
+      destroy: async () => {
+        this.isRunning = false;
+        this.#ended();
+      },
+      getTcpPort: () => ({ fetch: async (url: string, init: RequestInit) => this.#answer(new URL(url), init.method) }),
+    };
+    const storage = {
+      kv: {
+        get: (key: string) => structuredClone(this.stored.get(key)),
+        put: (key: string, value: unknown) => this.stored.set(key, structuredClone(value)),
+      },
+      setAlarm: async (at: number) => {
+        this.alarm = at;
+      },
+      sync: async () => undefined,
+    };
+    const bucket = { get: async () => null };
+    const env = { DISPATCHER: { getByName: () => ({ ended: async () => undefined }) }, WORKSPACES: bucket };
+    this.object = new SessionObject({ container, storage, waitUntil: () => undefined }, env);
+  }
+
+  #answer(url: URL, method: string | undefined): Response {
+    if (this.isSilent) throw new Error("the container is not listening");
+    switch (`${method} ${url.pathname}`) {
+      case "GET /":
+        return Response.json({ fresh: this.isFresh, stopping: false, runners: this.runners });
+      case "PUT /workspace":
+        pass(this.restoreSeconds);
+        this.isFresh = false;
+        return new Response("");
+      case "POST /runners":
+        return new Response('{"event":"ready"}\n{"event":"ended","code":0}\n');
+      case "GET /workspace":
+        this.saves += 1;
+        this.onSave();
+        return new Response("no", { status: this.saveStatus });
+    }
+    throw new Error(`${method} ${url.pathname} is not answered here`);
+  }
+
+  start(): Promise<{ outcome: string; reason: string }> {
+    const { keepWarmSeconds } = this;
+    const options = { keepWarmSeconds, maxFilesBytes: 1 << 20, retentionSeconds: 86_400 };
+    return this.object.start(SESSION, "{}", new Map(), options);
+  }
+
+  /** So many seconds, with the alarms that are due in them. */
+  async live(seconds: number): Promise<void> {
+    const until = now + seconds * 1000;
+    while (this.alarm !== undefined && this.alarm <= until) {
+      pass(Math.max(0, this.alarm - now) / 1000);
+      this.alarm = undefined;
+      await this.object.alarm();
+    }
+    pass((until - now) / 1000);
+  }
+}
+
+for (const restoreSeconds of [100, 250]) {
+  test(`files that take ${restoreSeconds} s to restore are restored once, and the next hand-out is served`, async () => {
+    const world = new World();
+    world.restoreSeconds = restoreSeconds;
+    const late = await world.start();
+    assert.deepEqual([late.outcome, world.boots], ["failed", 1]);
+    assert.match(late.reason, /took too long; the next hand-out finds it ready/);
+    await world.live(120 + 60); // the reclaim window, and a sweep
+    assert.equal((await world.start()).outcome, "ready");
+    assert.equal(world.boots, 1);
+  });
+}
+
+test("a container that began to answer after the start gave up is there for the next hand-out", async () => {
+  const world = new World();
+  world.isSilent = true;
+  const starting = world.start();
+  while (!world.isRunning) await new Promise((resolve) => setImmediate(resolve));
+  pass(70);
+  assert.match((await starting).reason, /did not answer in time/);
+  world.isSilent = false;
+  await world.live(120 + 60);
+  assert.equal((await world.start()).outcome, "ready");
+  assert.equal(world.boots, 1);
+});
+
+test("a hand-out that waited too long for a save finds the container at its next turn", async () => {
+  const world = new World();
+  let next: ReturnType<World["start"]> | undefined;
+  const onSave = () => {
+    next = world.start();
+    pass(100);
+  };
+  Object.assign(world, { saveStatus: 413, onSave, keepWarmSeconds: 150 });
+  await world.start();
+  await world.object.alarm();
+  assert.match((await next)?.reason ?? "", /took too long; the next hand-out finds it ready/);
+  await world.live(120 + 60);
+  assert.equal((await world.start()).outcome, "ready");
+  assert.equal(world.boots, 1);
+});
+
+test("a container that waits for a hand-out in vain is ended", async () => {
+  const world = new World();
+  world.restoreSeconds = 100;
+  await world.start();
+  await world.live(240);
+  assert.equal(world.isRunning, false);
+});
+
+test("a container that was served in is kept no longer than it is kept warm", async () => {
+  const world = new World();
+  world.saveStatus = 413;
+  await world.start();
+  await world.live(15 + world.keepWarmSeconds);
+  assert.equal(world.isRunning, false);
+});
+
+for (const [status, attempts] of [
+  [413, 1],
+  [422, 2],
+  [507, 5],
+] as const) {
+  test(`a save that is refused with ${status} is tried ${attempts} times`, async () => {
+    const world = new World();
+    world.saveStatus = status;
+    await world.start();
+    await world.live(600);
+    assert.deepEqual([world.saves, world.isRunning], [attempts, false]);
+  });
+}
