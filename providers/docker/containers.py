@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ _EGRESS_MEMORY_MB = 256
 _EGRESS_PIDS = 64  # names are resolved on up to 32 threads
 _EGRESS_STOP_SECONDS = 40  # while runners hand over; without them it ends at once
 _SANDBOX_FILES = 4096
-_FIRST_GROUP, _GROUPS = 100_000, 1_000_000
+_GROUPS = (range(20_000, 40_000), range(40_000, 60_000))  # below 65536: a user namespace has no more
 _PROXY_URL = "http://127.0.0.1:3128"
 _NO_PROXY = "localhost,127.0.0.1,::1"
 
@@ -103,8 +102,7 @@ def sandbox(
         | {
             "Ulimits": _ulimits(core=0, nofile=_SANDBOX_FILES, fsize=limits.file_mb << 20),
             "NetworkMode": "none",
-            # A group of its own, by which the proxy tells it from others. It owns nothing.
-            "GroupAdd": [str(_FIRST_GROUP + zlib.crc32(name.encode()) % _GROUPS)],
+            "GroupAdd": [str(group) for group in groups(name)],
             "Tmpfs": {
                 "/tmp": "rw,exec,nosuid,nodev,size=512m,mode=1777",  # noqa: S108 - the container's
                 "/run/sandbox": "rw,noexec,nosuid,nodev,size=1m,mode=0700,uid=10001,gid=10001",
@@ -120,6 +118,14 @@ def sandbox(
     return _labelled(spec, names.labels("sandbox", session_id))
 
 
+def groups(name: str) -> tuple[int, ...]:
+    """A pair of groups, one of 400 million, by which the proxy tells a sandbox from others. They own nothing: two
+    sandboxes with the same pair would share the number of connections that each may have."""
+    digest = hashlib.sha256(name.encode()).digest()
+    parts = (digest[:16], digest[16:])
+    return tuple(some[int.from_bytes(part) % len(some)] for some, part in zip(_GROUPS, parts, strict=True))
+
+
 def egress(names: Names, *, image: str, network: str, allowed: Sequence[str]) -> dict[str, Any]:
     """The container of the proxy that all sandboxes of an environment share."""
     spec = {
@@ -132,7 +138,7 @@ def egress(names: Names, *, image: str, network: str, allowed: Sequence[str]) ->
         "StopTimeout": _EGRESS_STOP_SECONDS,
         "HostConfig": _hardened(_EGRESS_MEMORY_MB, 1.0, _EGRESS_PIDS, None)
         | {
-            "Ulimits": _ulimits(core=0),  # of open files the Engine's own limit: two for each connection
+            "Ulimits": _ulimits(core=0),  # of open files the most that the Engine may give: the proxy takes it
             "NetworkMode": network,
             "RestartPolicy": {"Name": "unless-stopped"},  # it is back when the Engine is
             "Mounts": [_volume(names.egress, EGRESS_DIRECTORY)],
