@@ -19,6 +19,7 @@ import ipaddress
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -243,8 +244,8 @@ def _hides_ipv4(address: ipaddress.IPv6Address) -> bool:
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Where clouds hand out credentials in networks that are private otherwise: AWS, Google, Scaleway.
-_METADATA = [ipaddress.ip_address(text) for text in ("fd00:ec2::254", "fd20:ce::254", "fd00:42::42")]
+# Where clouds hand out credentials at addresses that look like others: AWS, Google, Scaleway, Azure.
+_METADATA = [ipaddress.ip_address(text) for text in ("fd00:ec2::254", "fd20:ce::254", "fd00:42::42", "168.63.129.16")]
 _PRIVATE = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")]
 
 
@@ -260,12 +261,19 @@ def _log(**values: str) -> None:
         os.write(1, json.dumps({"event": "egress", **values}).encode() + b"\n")
 
 
+def open_files_as_allowed() -> None:
+    """Each connection takes two; the soft limit that newer Engines give is 1024, for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 async def main(config: dict[str, object]) -> None:
     """Serves until SIGTERM, and then whoever still needs it: an Engine that stops tells all containers at once, and the
     runners hand their sessions over through us."""
     path, allowed = config["socket"], config["allowed"]
     if not isinstance(path, str) or not isinstance(allowed, list):
         raise ValueError("expected a socket and a list of hosts")
+    open_files_as_allowed()
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     listener = socket.socket(socket.AF_UNIX)

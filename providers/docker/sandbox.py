@@ -177,7 +177,7 @@ class DockerProvider:
                 self._refuse_strangers(sandbox_id, found)
                 await self._engine.stop(found["Id"], self._stop_seconds)
                 await self._engine.remove(found["Id"], force=True)
-            for part in (containers.WORKSPACE, containers.HOME):
+            for part in (containers.HOME, containers.WORKSPACE):  # `sandboxes` finds what is left by the second
                 await self._engine.remove_volume(self._names.volume(sandbox_id, part))
 
     async def has_runner(self, session_id: str) -> bool:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.providers.docker_support import DOCKER
+from tests.providers.docker_support import DOCKER, FOLDER
 
 egress = DOCKER.module("egress")
 Rule, Refused = egress.Rule, egress.Refused
@@ -73,6 +76,7 @@ def test_what_is_no_entry_is_refused(entry: str) -> None:
         ("172.17.0.1", True, False),
         ("fd12:3456::1", True, False),
         ("fd00:ec2::254", False, False),  # AWS's metadata, in a private range
+        ("168.63.129.16", False, False),  # Azure's, in a public one
         ("127.0.0.1", False, False),
         ("::1", False, False),
         ("0.0.0.0", False, False),  # noqa: S104 - nothing is bound
@@ -295,6 +299,22 @@ async def test_one_sandbox_has_no_more_than_its_share_of_connections(tmp_path: P
             if answer == b"HTTP/1.1 200":
                 break
             assert asyncio.get_running_loop().time() < deadline
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the proxy runs on Linux")
+def test_the_proxy_opens_as_many_files_as_it_may(tmp_path: Path) -> None:
+    config = json.dumps({"socket": str(tmp_path / "p"), "allowed": ["example.com"]})
+    argv = ["sh", "-c", 'ulimit -Sn 64 && exec "$@"', "sh", sys.executable, str(FOLDER / "egress.py"), config]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as proxy:
+        assert proxy.stdout is not None
+        try:
+            assert b'"listening"' in proxy.stdout.readline()
+            limits = Path(f"/proc/{proxy.pid}/limits").read_text(encoding="utf-8")
+        finally:
+            proxy.kill()
+    (line,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
+    soft, hard = line.split()[3:5]
+    assert soft == hard
 
 
 def test_a_connections_groups_are_those_of_its_maker() -> None:

@@ -229,6 +229,20 @@ async def test_files_whose_container_somebody_removed_are_listed_found_and_relea
     assert (await sandboxes.infos(), sandboxes.left()) == ([], [])
 
 
+def test_each_sandbox_has_groups_of_its_own_that_every_user_namespace_has() -> None:
+    groups = DOCKER.module("containers").groups
+    pairs = [groups(f"sandbox-env_1-sesn_{number}") for number in range(2000)]
+    assert len(set(pairs)) == 2000
+    assert {len(pair) for pair in pairs} == {2}
+    assert all(10_002 < group < 65_534 for pair in pairs for group in pair)
+
+
+async def test_the_proxy_tells_a_sandbox_by_its_groups(sandboxes: Sandboxes) -> None:
+    (said,) = await sandboxes.run("sesn_1", "python3 -c 'import os; print(*os.getgroups())'")
+    groups = DOCKER.module("containers").groups(sandboxes.name("sesn_1"))
+    assert set(map(int, said.split())) - {10_001} == set(groups)
+
+
 # --- what ends --------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +254,29 @@ async def test_release_lets_the_runner_hand_over_and_leaves_nothing(sandboxes: S
     assert "ended with 143" in log  # what a runner says that was told, and followed
     assert sandboxes.left() == []
     await sandboxes.provider.release(sandbox.id)
+
+
+async def test_a_release_that_breaks_off_is_found_again_by_the_next_sweep(
+    sandboxes: Sandboxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = await sandboxes.provider.acquire("sesn_1")
+    remove = sandboxes.provider._engine.remove_volume
+    removed: list[str] = []
+
+    async def remove_one(name: str) -> None:
+        if removed:
+            raise ConnectionResetError
+        removed.append(name)
+        await remove(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandboxes.provider._engine, "remove_volume", remove_one)
+        with pytest.raises(LaunchFailed, match="broke off"):
+            await sandboxes.provider.release(sandbox.id)
+    assert len(removed) == len(sandboxes.left()) == 1
+    (info,) = await sandboxes.infos()
+    await sandboxes.provider.release(info.sandbox_id)
+    assert sandboxes.left() == []
 
 
 async def test_a_runner_that_does_not_leave_is_ended_within_the_limit() -> None:
@@ -393,6 +430,7 @@ async def test_a_name_that_somebody_else_has_is_not_taken_from_him(sandboxes: Sa
     ("options", "said"),
     [
         ({"runtime": "no-such-runtime"}, "DOCKER_RUNTIME names no runtime"),
+        ({"image": "No Name"}, "DOCKER_IMAGE is no name of an image"),
         ({"egress_network": "no-such-network"}, "DOCKER_EGRESS_NETWORK names no network"),
         ({"limits": {"cpus": 1000.0}}, "DOCKER_CPUS is more than the Engine has"),
         ({"limits": {"memory_mb": 1}}, "DOCKER_MEMORY_MB is not what the Engine takes"),
@@ -452,6 +490,26 @@ def test_the_api_can_always_be_reached(url: str, entry: str) -> None:
     provider = _opened(ANTHROPIC_BASE_URL=url, SANDBOX_ALLOWED_HOSTS="example.com, *.example.org")
     (argument,) = provider._egress_spec(image="x")["Cmd"]
     assert json.loads(argument)["allowed"] == [entry, "example.com", "*.example.org"]
+
+
+_OCI = "OCI runtime create failed: runc create failed: unable to start container process: exec: "
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "said"),
+    [
+        # A newer Engine's words; this one's are tried above.
+        (400, "unknown or invalid runtime name: runsc", "DOCKER_RUNTIME names no runtime"),
+        (400, f'{_OCI}"/opt/venv/bin/python3": no such file or directory: unknown', "DOCKER_IMAGE is none of this"),
+        (400, f'{_OCI}"/opt/venv/bin/python3": permission denied: unknown', "the Engine cannot run DOCKER_IMAGE"),
+        (403, "Forbidden", "does not allow a call"),
+    ],
+)
+def test_what_other_engines_say_is_understood(status: int, message: str, said: str) -> None:
+    engine = DOCKER.module("engine")
+    with pytest.raises(LaunchFailed, match=said) as caught, engine.mapped():
+        raise engine.aiodocker.DockerError(status, message)
+    assert not caught.value.retriable
 
 
 def test_an_error_that_the_table_does_not_list_is_a_bug() -> None:
