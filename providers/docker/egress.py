@@ -36,6 +36,7 @@ HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
 CONNECT_SECONDS = 15.0
 CONNECTIONS_PER_SANDBOX = 64
+RESERVED_CONNECTIONS = 8  # of these, for the first host of the list: the API, which the sandbox's runner needs
 QUIET_SECONDS = 1.0
 _SO_PEERGROUPS = 59  # Linux, <asm-generic/socket.h>; Python has no name for it
 _GROUPS = 32
@@ -90,27 +91,29 @@ def groups(connection: socket.socket) -> tuple[int, ...]:
 
 
 class Proxy:
-    """Serves connections on the socket until the process ends."""
+    """Serves connections on the socket until the process ends. The first of the rules is the API's."""
 
     def __init__(
         self,
         rules: Sequence[Rule],
         *,
         connections_per_sandbox: int = CONNECTIONS_PER_SANDBOX,
+        reserved_connections: int = RESERVED_CONNECTIONS,
         sandbox_of: Callable[[socket.socket], tuple[int, ...]] = groups,
     ) -> None:
         self._rules = rules
         self._most = connections_per_sandbox
+        self._most_elsewhere = connections_per_sandbox - reserved_connections
         self._sandbox_of = sandbox_of
         self._open: collections.Counter[tuple[int, ...]] = collections.Counter()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from its first byte to its last."""
         try:
-            with contextlib.suppress(ConnectionError), self._counted(writer.get_extra_info("socket")):
+            with contextlib.suppress(ConnectionError), self._counted(writer.get_extra_info("socket")) as taken:
                 try:
                     head = await _read_head(reader)
-                    upstream = await self._connect(head)
+                    upstream = await self._connect(head, taken())
                 except Refused as error:
                     _log(action="refused", reason=str(error))
                     writer.write(f"HTTP/1.1 {error.status}\r\nContent-Type: text/plain\r\n".encode())
@@ -134,24 +137,27 @@ class Proxy:
                 since = time.monotonic()
 
     @contextlib.contextmanager
-    def _counted(self, connection: socket.socket) -> Iterator[None]:
-        """A bound for each sandbox, so that one cannot take the proxy away from the others. Raises
-        `ConnectionAbortedError` beyond it."""
+    def _counted(self, connection: socket.socket) -> Iterator[Callable[[], int]]:
+        """A bound for each sandbox, so that one cannot take the proxy away from the others. Yields what tells how many
+        connections it has. Raises `ConnectionAbortedError` beyond the bound."""
         sandbox = self._sandbox_of(connection)
         if self._open[sandbox] >= self._most:
             raise ConnectionAbortedError
         self._open[sandbox] += 1
         try:
-            yield
+            yield lambda: self._open[sandbox]
         finally:
             self._open[sandbox] -= 1
             if not self._open[sandbox]:
                 del self._open[sandbox]
 
-    async def _connect(self, head: Head) -> Connection:
+    async def _connect(self, head: Head, taken: int) -> Connection:
+        """With `taken` connections of the same sandbox, this one included. Raises `Refused`."""
         rules = [rule for rule in self._rules if rule.allows(head.host, head.port)]
         if not rules:
             raise Refused("403 Forbidden", f"{head.host}:{head.port} is not in SANDBOX_ALLOWED_HOSTS")
+        if taken > self._most_elsewhere and not self._rules[0].allows(head.host, head.port):
+            raise Refused("503 Service Unavailable", f"{self._most_elsewhere} connections are open")
         failure = "no address"
         try:
             async with asyncio.timeout(CONNECT_SECONDS):

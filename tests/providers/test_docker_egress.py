@@ -301,6 +301,23 @@ async def test_one_sandbox_has_no_more_than_its_share_of_connections(tmp_path: P
             assert asyncio.get_running_loop().time() < deadline
 
 
+async def test_the_last_connections_of_a_sandbox_are_for_the_api(tmp_path: Path) -> None:
+    other = await asyncio.start_server(_echo, "127.0.0.1", 0)
+    elsewhere = other.sockets[0].getsockname()[1]
+    share: Any = {"connections_per_sandbox": 3, "reserved_connections": 1, "sandbox_of": lambda connection: (7,)}
+    async with _proxied(tmp_path, _echo, "127.0.0.1:{port}", f"127.0.0.1:{elsewhere}", **share) as proxied:
+        answers, writers = [], []
+        for port in (elsewhere, elsewhere, elsewhere, proxied.upstream):
+            reader, writer = await asyncio.open_unix_connection(proxied.path)
+            writer.write(f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\n\r\n".encode())
+            answers.append(await asyncio.wait_for(reader.read(12), 10))
+            writers.append(writer)
+        for writer in writers:
+            writer.close()
+    other.close()
+    assert answers == [b"HTTP/1.1 200", b"HTTP/1.1 200", b"HTTP/1.1 503", b"HTTP/1.1 200"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the proxy runs on Linux")
 def test_the_proxy_opens_as_many_files_as_it_may(tmp_path: Path) -> None:
     config = json.dumps({"socket": str(tmp_path / "p"), "allowed": ["example.com"]})
