@@ -600,6 +600,24 @@ async def test_a_stop_that_another_host_has_completed_is_not_completed_again(mak
     assert count(emulator, "work.stop") == 1
 
 
+async def test_a_stop_whose_answer_is_lost_is_not_sent_again(make_world: MakeWorld) -> None:
+    """What is said meanwhile queues the session: a second stop would take it off the queue."""
+    world = make_world(Switches(lease_lapse="never"))
+    emulator = world.emulator
+    session = emulator.create_session()
+    emulator.say(session, "!go")
+    await claim(world.client, emulator, session)
+    emulator.stop_work(session)
+    emulator.advance(610)
+    emulator.fault("work.stop", "lose_response")
+    healer = Healer(world.client.with_options(max_retries=2), settings_for(emulator))
+    items = await healer.list_work()
+    assert items is not None
+    assert await healer.heal(items) == 0
+    assert count(emulator, "work.stop") == 1
+    assert emulator.work(session)["state"] != "stopping"
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 
 

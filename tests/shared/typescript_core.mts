@@ -109,7 +109,7 @@ const doing: Record<string, (given: Values) => unknown> = {
   sweep: ({ of }) => made(of).sweep(),
   healer({ of, environ, ownTools }) {
     const settings = readSettings(environ);
-    const client = openClient(settings.environmentKey, settings.baseUrl, { maxRetries: 0, timeout: 10_000 });
+    const client = openClient(settings.environmentKey, settings.baseUrl, { maxRetries: 2, timeout: 10_000 });
     objects.set(of, new Healer(client, settings.environmentId, new Set(ownTools)));
   },
   hint: ({ of, session }) => made(of).hint(session),

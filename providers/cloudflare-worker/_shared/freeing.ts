@@ -21,9 +21,9 @@ const SILENT_SECONDS = 600; // a lease lapses 300 to 360 s after its last beat; 
 /** How many seconds ago something was, by the server's clock; 0 for what never happened. */
 export type Age = (moment: string | null | undefined) => number;
 
-/** Stops such items. It remembers nothing. */
 const CANNOT_MATCH = "2000-01-01T00:00:00.000000Z"; // no live item has this heartbeat
 
+/** Stops such items. It remembers nothing. */
 export class Freeing {
   readonly #client: Anthropic;
   readonly #environmentId: string;
@@ -43,7 +43,9 @@ export class Freeing {
   /** Stops the item unless somebody holds it. Throws the SDK's errors. */
   async free(item: BetaSelfHostedWork): Promise<boolean> {
     if (!(await (item.state === "stopping" ? this.#isStopping(item) : this.#isOurs(item)))) return false;
-    await this.#client.beta.environments.work.stop(item.id, { environment_id: this.#environmentId, force: true });
+    // Sent once: when its answer is lost, the item may be queued again before a second one arrives.
+    const stop = { environment_id: this.#environmentId, force: true };
+    await this.#client.beta.environments.work.stop(item.id, stop, { maxRetries: 0 });
     const reason = `${item.state} and held by nobody: stopped, so that it can be queued again`;
     log.warning("healed", { session: item.data.id, work: item.id, reason });
     return true;

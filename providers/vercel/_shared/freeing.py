@@ -48,7 +48,8 @@ class Freeing:
         """Stops the item unless somebody holds it. Raises `anthropic.APIError`."""
         if not await (self._is_stopping(item) if item.state == "stopping" else self._is_ours(item)):
             return False
-        work = self._client.beta.environments.work
+        # Sent once: when its answer is lost, the item may be queued again before a second one arrives.
+        work = self._client.with_options(max_retries=0).beta.environments.work
         await work.stop(item.id, environment_id=self._environment_id, force=True)
         reason = f"{item.state} and held by nobody: stopped, so that it can be queued again"
         _log.warning(log.line("healed", session=item.data.id, work=item.id, reason=reason))
