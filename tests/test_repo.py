@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,16 @@ HEADINGS = [
     "Clean up",
     "How it works",
 ]
-REQUIRED = ["README.md", "pyproject.toml", "uv.lock", ".env.example", "py.typed", "sandbox.py", "_shared/VERSION"]
+REQUIRED = [
+    "README.md",
+    "pyproject.toml",
+    "uv.lock",
+    ".env.example",
+    ".gitignore",
+    "py.typed",
+    "sandbox.py",
+    "_shared/VERSION",
+]
 REQUIRED_TYPESCRIPT = [
     "README.md",
     "package.json",
@@ -34,6 +44,7 @@ REQUIRED_TYPESCRIPT = [
     "wrangler.jsonc",
     "worker-configuration.d.ts",
     ".env.example",
+    ".gitignore",
     "src/index.ts",
     "_shared/VERSION",
 ]
@@ -82,6 +93,21 @@ def test_every_directory_of_providers_is_a_folder() -> None:
 def test_a_folder_has_what_a_copy_needs(folder: Path) -> None:
     tracked = {path.relative_to(folder).as_posix() for path in FILES if path.is_relative_to(folder)}
     assert set(REQUIRED if is_python(folder) else REQUIRED_TYPESCRIPT) - tracked == set()
+
+
+@each("folder", ALL_FOLDERS)
+def test_a_copy_commits_no_secret_and_nothing_that_is_installed(folder: Path, tmp_path: Path) -> None:
+    """Whoever copies a folder into a repository says `git add` there: our own .gitignore does not go along."""
+    made = [".venv/a.py"] if is_python(folder) else ["node_modules/a/a.js", ".dev.vars", ".wrangler/a.sqlite"]
+    for name in [".env", ".env.example", *made]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".gitignore").write_bytes((folder / ".gitignore").read_bytes())
+    environ = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    for argv in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *argv], cwd=tmp_path, env=environ, check=True)
+    added = subprocess.run(["git", "ls-files"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    assert added.stdout.split() == [".env.example", ".gitignore"]
 
 
 @each("folder", ALL_FOLDERS)
