@@ -4,7 +4,10 @@
  */
 
 import { APIConnectionError, type Middleware } from "@anthropic-ai/sdk";
+import { readNext } from "./api.ts";
 import type { EventLog, ResultEvent, SessionEvent } from "./events.ts";
+
+const SILENCE_MS = 90_000; // the server sends pings between the events; a stream without any is dead
 
 /** What becomes of a result: sent; kept for after the stop; dropped, because another runner answers now. */
 export type ResultFate = "send" | "hold" | "drop";
@@ -15,6 +18,8 @@ export interface Hearing {
   hold(events: ResultEvent[]): void;
   /** Ends the streams that are open. */
   over(): AbortSignal;
+  /** How long a stream may be silent, in milliseconds; another time for tests. */
+  readonly silenceMs?: number;
 }
 
 export function hearing(heard: Hearing): Middleware {
@@ -29,7 +34,7 @@ export function hearing(heard: Hearing): Middleware {
     const response = await next(request);
     if (request.method !== "GET" || !response.ok) return response;
     if (pathname.endsWith("/events")) return heardPage(response, heard.log);
-    if (pathname.endsWith("/events/stream")) return heardStream(response, heard.log, heard.over());
+    if (pathname.endsWith("/events/stream")) return heardStream(response, heard);
     return response;
   };
 }
@@ -50,7 +55,9 @@ async function heardPage(response: Response, log: EventLog): Promise<Response> {
  * The runner opens a stream, lists what came before, and reads on. When that list fails it reads on all the same, and would
  * never see a call made before: such a stream breaks, so that it connects, and lists, again.
  */
-function heardStream(response: Response, log: EventLog, over: AbortSignal): Response {
+function heardStream(response: Response, heard: Hearing): Response {
+  const { log, silenceMs = SILENCE_MS } = heard;
+  const over = heard.over();
   const reader = response.body?.getReader();
   if (reader === undefined) return response;
   const before = log.readings;
@@ -69,18 +76,18 @@ function heardStream(response: Response, log: EventLog, over: AbortSignal): Resp
       },
       async pull(controller) {
         for (;;) {
-          const { done, value } = await reader.read();
+          const { done, value } = await readNext(reader, silenceMs);
           if (done) return controller.close(); // within a frame: the SDK would not use half of one either
-          const heard = frames.add(value);
-          if (heard === undefined) continue;
-          for (const event of heard.events) {
+          const piece = frames.add(value);
+          if (piece === undefined) continue;
+          for (const event of piece.events) {
             if (log.readings === before) {
               await reader.cancel();
               return controller.error(new APIConnectionError({ message: "the event log was not read" }));
             }
             log.note(event);
           }
-          return controller.enqueue(heard.bytes);
+          return controller.enqueue(piece.bytes);
         }
       },
       cancel: (reason) => reader.cancel(reason),

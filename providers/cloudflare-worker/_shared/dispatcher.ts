@@ -155,10 +155,6 @@ export class Dispatcher {
         );
         return isItem(item) ? item : undefined;
       } catch (error) {
-        if (error instanceof SyntaxError) {
-          log.warning("poll", { attempt, error }); // not JSON
-          continue;
-        }
         apiError(error);
         if (isStatus(error, 429)) {
           log.warning("poll", {

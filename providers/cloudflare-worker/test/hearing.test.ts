@@ -1,5 +1,6 @@
 /** What the SDK's tool runner gets to see of a session's events. */
 
+import { APIConnectionError } from "@anthropic-ai/sdk";
 import { describe, expect, it } from "vitest";
 import { EventLog } from "../_shared/events.ts";
 import { hearing } from "../_shared/hearing.ts";
@@ -7,17 +8,23 @@ import { hearing } from "../_shared/hearing.ts";
 const URL_OF_EVENTS = "https://api.example/v1/sessions/sesn_1/events";
 
 /** The pieces in which a stream arrives that the server sends in `chunks`, and what was noted of it. */
-async function heard(chunks: Uint8Array[], log = new EventLog(), isListed = true): Promise<Uint8Array[]> {
+async function heard(
+  chunks: Uint8Array[],
+  log = new EventLog(),
+  isListed = true,
+  isSilent = false,
+): Promise<Uint8Array[]> {
   const middleware = hearing({
     log,
     fate: () => "send",
     hold: () => undefined,
     over: () => new AbortController().signal,
+    silenceMs: 50,
   });
   const body = new ReadableStream<Uint8Array>({
     start(controller) {
       for (const chunk of chunks) controller.enqueue(chunk);
-      controller.close();
+      if (!isSilent) controller.close();
     },
   });
   const request = new Request(`${URL_OF_EVENTS}/stream`);
@@ -57,6 +64,12 @@ describe("a stream of events", () => {
     const text = frame("call_1", { input: { content: "x".repeat(4 * 1024 * 1024) } });
     const pieces = await heard(cut(text, 4096));
     expect(pieces.map((piece) => piece.byteLength)).toEqual([text.length]);
+  });
+
+  it("breaks when it has been silent for long: its end was lost on the way", async () => {
+    const log = new EventLog();
+    await expect(heard(cut(frame("call_1"), 100), log, true, true)).rejects.toBeInstanceOf(APIConnectionError);
+    expect([...log.open.keys()]).toEqual(["call_1"]);
   });
 
   it("breaks when what came before could not be listed: its calls would never be seen", async () => {
