@@ -23,6 +23,7 @@ const POLL_ATTEMPTS = 3;
 const FIRST_PAUSE_MS = 500; // between two attempts, doubled each time
 const LONGEST_PAUSE_MS = 8_000;
 const TIMEOUT_MS = 30_000;
+const LATE = "no runner was ready in time";
 const HEALTHCHECKS = new Set(["healthcheck", "health_check"]);
 
 /** What a runner finds in its working directory: path relative to it -> content. */
@@ -217,8 +218,9 @@ export class Dispatcher {
     const staging = this.#settings.stageFiles ? this.#parts.stage?.(job, this.#client) : undefined;
     for (let attempt = 1; ; attempt += 1) {
       try {
-        const left = began + this.#launchMs - Date.now();
         const files = (await staging) ?? new Map();
+        const left = began + this.#launchMs - Date.now();
+        if (left <= 0) throw new LaunchFailed(LATE, { retriable: false });
         const { sandbox, outcome } = await within(left, this.#provider.launch(job, files));
         this.#live.add(job.sessionId);
         const action = outcome === "ready" ? "launched" : "served_already";
@@ -263,8 +265,7 @@ function isItem(value: unknown): value is BetaSelfHostedWork {
 async function within<T>(ms: number, work: Promise<T>): Promise<T> {
   let timer: ReturnType<typeof setTimeout> | null = null;
   const late = new Promise<never>((_, reject) => {
-    const reason = "no runner was ready in time";
-    timer = setTimeout(() => reject(new LaunchFailed(reason, { retriable: false })), ms);
+    timer = setTimeout(() => reject(new LaunchFailed(LATE, { retriable: false })), ms);
   });
   try {
     return await Promise.race([work, late]);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,6 +23,14 @@ test_refused_skills_are_brought = test_staging.test_skills_that_the_token_may_no
 test_others_are_not = test_staging.test_skills_that_the_token_may_read_are_the_runners_own_business
 test_without_the_setting = test_staging.test_without_the_setting_no_session_is_looked_at
 test_an_unreadable_session = test_staging.test_a_session_that_cannot_be_read_is_launched_all_the_same
+
+
+class SlowFetcher(FakeFetcher):
+    """Needs a fifth of a second for a file."""
+
+    async def fetch(self, url: str, max_bytes: int) -> bytes:
+        await asyncio.sleep(0.2)
+        return await super().fetch(url, max_bytes)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +98,18 @@ async def test_a_server_that_hangs_does_not_keep_the_launch(
     provider = FakeProvider()
     await make_dispatcher(provider, settings=STAGED, stage_seconds=0.0).drain()
     assert (provider.started, provider.files) == ([session_id], [{}])
+
+
+async def test_the_time_that_staging_took_is_the_launchs(
+    emulator: Emulator, core: ts.Core, make_dispatcher: Any
+) -> None:
+    """A launch that began so late could still be under way when its item is offered again."""
+    session_id = emulator.create_session(metadata={"input:a": "https://files.example/a"})
+    core.fetcher = SlowFetcher(a=b"A")
+    provider = FakeProvider()
+    await make_dispatcher(provider, settings=STAGED, launch_seconds=0.05).drain()
+    assert provider.started == []
+    assert emulator.work(session_id)["state"] == "queued"
 
 
 @pytest.mark.parametrize(
