@@ -23,7 +23,7 @@ import { downloadSkill, resolveSkill } from "./skills.ts";
 
 const STAGE_MS = 45_000; // for everything; half of what a launch has
 const MAX_INPUT_BYTES = 10 * 1024 * 1024; // one file
-const MAX_BYTES = 20 * 1024 * 1024; // all files of a session, and of its skills: they travel in one call
+const MAX_BYTES = 20 * 1024 * 1024; // all files of a session, and of its skills: they travel in one call, of at most 32 MiB
 const PREFIX = "input:";
 const NAME = /^\w[\w.\- ]{0,100}(?:\/\w[\w.\- ]{0,100}){0,4}$/;
 const ERRORS = "inputs/ERRORS.txt";
@@ -51,7 +51,9 @@ export async function stage(job: Job, client: Anthropic, fetchFile = fetchPublic
 
 async function bring(job: Job, client: Anthropic, fetchFile: typeof fetchPublic): Promise<Files> {
   const session = await client.beta.sessions.retrieve(job.sessionId);
-  const [skills, inputs] = await Promise.all([skillsOf(job, session, client), inputsOf(job, session, fetchFile)]);
+  const skills = await skillsOf(job, session, client);
+  const taken = [...skills.values()].reduce((sum, content) => sum + content.byteLength, 0);
+  const inputs = await inputsOf(job, session, fetchFile, MAX_BYTES - taken);
   if (skills.size + inputs.size > 0) {
     const reason = `${skills.size} files of skills, ${inputs.size} of inputs`;
     log.info("stage", { session: job.sessionId, reason });
@@ -99,10 +101,15 @@ async function areRefused(job: Job, session: BetaManagedAgentsSession): Promise<
   return false;
 }
 
-async function inputsOf(job: Job, session: BetaManagedAgentsSession, fetchFile: typeof fetchPublic): Promise<Files> {
+async function inputsOf(
+  job: Job,
+  session: BetaManagedAgentsSession,
+  fetchFile: typeof fetchPublic,
+  room: number,
+): Promise<Files> {
   const found: Files = new Map();
   const problems: string[] = [];
-  let left = MAX_BYTES;
+  let left = room;
   for (const [key, url] of Object.entries(session.metadata).sort()) {
     if (!key.startsWith(PREFIX)) continue;
     const name = key.slice(PREFIX.length);

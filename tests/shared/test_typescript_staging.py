@@ -91,6 +91,21 @@ async def test_one_file_and_all_of_them_have_a_limit(
     assert {path: len(content) for path, content in found.items()} == {"inputs/a": 10 * mib, "inputs/c": 10 * mib - 1}
 
 
+async def test_skills_and_files_share_the_limit_of_what_travels_in_one_call(
+    emulator: Emulator, core: ts.Core, make_dispatcher: MakeDispatcher
+) -> None:
+    mib = 1024 * 1024
+    emulator.switch(sessions_token_may_read_skills=False)
+    skill = emulator.add_skill("large", {"SKILL.md": "x" * (12 * mib)}, "zip")
+    emulator.create_session(skills=[skill], metadata={"input:a": "https://files.example/a"})
+    core.fetcher = FakeFetcher(a=b"x" * (9 * mib))
+    provider = FakeProvider()
+    await make_dispatcher(provider, settings=STAGED).drain()
+    (found,) = provider.files
+    assert found["inputs/ERRORS.txt"] == f"a: it is larger than {8 * mib} bytes\n".encode()
+    assert sorted(found) == ["inputs/ERRORS.txt", "skills/large/SKILL.md"]
+
+
 async def test_a_server_that_hangs_does_not_keep_the_launch(
     emulator: Emulator, core: ts.Core, make_dispatcher: Any
 ) -> None:

@@ -7,18 +7,25 @@ import { RE2JS } from "re2js";
 
 const MAX_PATTERN = 1000;
 const MAX_ALTERNATIVES = 200;
+const MAX_STEPS = 400_000_000; // characters times the size of the compiled pattern: about a second of work
 
 /** The pattern cannot be used. */
 export class BadPattern extends Error {
   override name = "BadPattern";
 }
 
-/** Says whether a path relative to the search root matches. Throws `BadPattern`. */
+/** Says whether a path relative to the search root matches. Throws `BadPattern`; so does asking it for too much work. */
 export function globMatcher(pattern: string): (path: string) => boolean {
   if (pattern.length > MAX_PATTERN) throw new BadPattern(`the pattern is longer than ${MAX_PATTERN} characters`);
   const alternatives = expandBraces(pattern).map(regexOf);
   const regex = RE2JS.compile(alternatives.join("|"), RE2JS.DOTALL);
-  return (path) => regex.matches(path);
+  const cost = Math.max(1, regex.programSize());
+  let steps = 0;
+  return (path) => {
+    steps += (path.length + 1) * cost;
+    if (steps > MAX_STEPS) throw new BadPattern("too much work for so many files: narrow the pattern or the path");
+    return regex.matches(path);
+  };
 }
 
 /** `a{b,c}` as `ab`, `ac`; braces without a comma mean themselves. */

@@ -31,10 +31,10 @@ export async function grep(files: Files, pattern: string, root: string, signal: 
   for (const { path } of files.files(root)) {
     if (isNoise(path.slice(root.length))) continue;
     for (const [index, line] of linesOf(files, path)) {
-      if (line.length > MAX_LINE_LENGTH) continue;
-      steps += (line.length + 1) * cost;
+      const isSkipped = line.length > MAX_LINE_LENGTH;
+      steps += (line.length + 1) * (isSkipped ? 1 : cost);
       if (steps > MAX_STEPS) return [...found, "[the search was cut short: narrow the pattern or the path]"].join("\n");
-      if (!regex.test(line)) continue;
+      if (isSkipped || !regex.test(line)) continue;
       const hit = `${path}:${index + 1}:${line}`;
       room -= hit.length + 1;
       if (room < 0) return [...found, `[output truncated at ${OUTPUT_LIMIT} bytes]`].join("\n");

@@ -169,17 +169,17 @@ export function agentTools(files: Files, mounts: () => readonly Mount[]): OwnToo
         }
         if (pattern.split(/[\\/{},]/).includes("..")) throw new ToolError('glob: ".." is not permitted in the pattern');
         const root = path === "" ? WORKDIR : place(path);
-        let matches: (relative: string) => boolean;
+        const found = [];
         try {
-          matches = globMatcher(pattern);
+          const matches = globMatcher(pattern);
+          for (const file of files.files(root)) {
+            const relative = file.path.slice(root.length + 1);
+            if (relative !== "" && !isNoise(relative) && matches(relative)) found.push(file);
+          }
         } catch (error) {
           if (error instanceof BadPattern) throw new ToolError(`glob: ${error.message}`);
           throw error;
         }
-        const found = [...files.files(root)].filter((file) => {
-          const relative = file.path.slice(root.length + 1);
-          return relative !== "" && !isNoise(relative) && matches(relative);
-        });
         if (found.length === 0) return "no matches";
         found.sort((one, other) => other.mtime - one.mtime);
         return found

@@ -1,4 +1,5 @@
 import { describe, expect, it } from "vitest";
+import { globMatcher } from "../src/glob.ts";
 import { NO_SHELL } from "../src/tools.ts";
 import { bytes, inSandbox } from "./support.ts";
 
@@ -106,6 +107,16 @@ describe("write and edit", () => {
       },
       { mounts: [{ root: "/mnt/memory/shared", isReadOnly: true }] },
     ));
+});
+
+describe("globMatcher", () => {
+  it("refuses more work than a search may take", () => {
+    const matches = globMatcher("?".repeat(999));
+    const search = () => {
+      for (let file = 0; file < 1000; file += 1) matches("x".repeat(1000));
+    };
+    expect(search).toThrow("too much work for so many files: narrow the pattern or the path");
+  });
 });
 
 describe("glob", () => {
