@@ -61,6 +61,7 @@ def test_what_agents_workers_and_people_say_is_text(emulator: Emulator, receiver
     emulator.send(session_id, result(first, HOSTILE, is_error=True))
     deny = {"type": "user.tool_confirmation", "tool_use_id": asked, "result": "deny", "deny_message": HOSTILE}
     emulator.send(session_id, deny)
+    expect(detail.locator(".call")).to_have_count(1)
     expect(detail.locator(".call")).to_contain_text(f"A tool of the client's own, {HOSTILE}")
     answer = {"type": "user.custom_tool_result", "custom_tool_use_id": emulator.pending_calls(session_id)[0]}
     emulator.send(session_id, {**answer, "content": [{"type": "text", "text": HOSTILE}]})

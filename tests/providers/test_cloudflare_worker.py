@@ -374,9 +374,10 @@ def test_a_session_whose_object_is_gone_is_healed(emulator: Emulator, dev: Worke
 
 def test_an_item_acked_and_never_claimed_is_freed(emulator: Emulator, dev: WorkersDev) -> None:
     emulator.switch(never_beaten="frozen")
-    emulator.fault("work.heartbeat", "fail", status=400)  # the claim is refused: the runner leaves
+    emulator.fault("work.heartbeat", "fail", count=None, status=400)  # the claim is refused: the runner leaves
     seen = ask(emulator, write("a", "1"), end())
     seen.wait_until(lambda: seen.state == "starting" and len(seen.requests("work.heartbeat")) == 1)
+    emulator.clear_faults()
     emulator.advance(STARTING_SECONDS)
     dev.sweep()
     assert seen.state == "stopped"
@@ -561,8 +562,9 @@ def test_lost_beats_do_not_end_a_runner(emulator: Emulator) -> None:
     """The beat was recorded and not answered: the next one is a 412, and the lease is still ours (R2)."""
     seen = ask(emulator, tools(custom("theirs")), write("a", "1"), end())
     seen.wait_until(lambda: seen.claims() == 1)
-    fault = emulator.fault("work.heartbeat", "lose_response")
-    emulator.wait_until(lambda: fault.hits == 1, WAIT_SECONDS)
+    emulator.fault("work.heartbeat", "lose_response", count=None)  # whoever else still beats
+    seen.wait_until(lambda: any(beat.fault for beat in seen.requests("work.heartbeat")))
+    emulator.clear_faults()
     seen.wait_until(lambda: any(beat.status == 412 for beat in seen.requests("work.heartbeat")))
     answer_theirs(emulator, seen.session)
     seen.wait_stopped()
