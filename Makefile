@@ -5,8 +5,7 @@
 PYTHON := .venv/bin/python
 VENV := .venv/.made
 PYTEST := $(PYTHON) -m pytest
-# Two at a time for each core, since most tests wait for processes of their own.
-WORKERS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
+WORKERS ?= auto
 # On CI a skipped test is a failed one: there, nothing may be missing.
 PARALLEL := -n $(WORKERS) --dist worksteal $(if $(CI),-p tools.fail_on_skip)
 
