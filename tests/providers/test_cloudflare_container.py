@@ -366,11 +366,14 @@ def test_the_agent_finds_no_credential_and_cannot_speak_for_the_durable_object(t
 
 
 def test_strangers_get_nothing(emulator: Emulator, dev: ContainersDev) -> None:
+    emulator.set_webhook_url(None)
+    dev.sweep()  # ends with the drain that an earlier test's webhook began
     polls = len([record for record in emulator.requests if record.operation == "work.poll"])
     assert dev.request("POST", "/webhook", content=b"{}").status_code == 401
     assert dev.request("GET", "/webhook").status_code == 405
     for path in ("/", "/runners", "/workspace", "/sessions/x"):
         assert dev.request("GET", path).status_code == 404
     assert len([record for record in emulator.requests if record.operation == "work.poll"]) == polls
+    emulator.set_webhook_url(f"{dev.url}/webhook")
     for secret in (emulator.environment_key, emulator.webhook_key, "sk-ant-"):
         assert secret not in dev.log
