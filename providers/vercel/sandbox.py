@@ -2,32 +2,27 @@
 
 Names are unique in a project, so the name is the mapping from session to sandbox and the lock on making it. A store,
 where there is one, keeps instances from doing the same work at once; it is asked only when there is something to make.
+
+Long, because Vercel ends, expires and snapshots sandboxes by itself: finding, making, extending and ending one stand
+side by side here, each with what another instance or Vercel may have done meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hashlib
-import json
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, STDOUT
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import anyio
 from vercel.sandbox import (
     NetworkPolicy,
-    NetworkPolicyMatcher,
-    NetworkPolicyRequestMatcher,
-    NetworkPolicyRule,
-    NetworkPolicyTransform,
     Process,
     ProcessSignal,
     Sandbox,
@@ -47,9 +42,9 @@ import image
 from _shared.errors import LaunchFailed
 from _shared.log import line
 from _shared.provider import Launch, SandboxInfo, Started, read_ready
-from _shared.runner_job import sessions_token
 from _shared.session_store import SessionStore
 from _shared.settings import Settings, load
+from firewall import Firewall
 from store import UpstashSessionStore, open_store
 from vercel_errors import ERRORS, but_for, mapped
 from vercel_settings import VercelSettings
@@ -70,7 +65,6 @@ _LOG_CHARACTERS = 500
 _KILL_SECONDS = 5.0
 _SETPRIV = "/usr/bin/setpriv"
 _AS_AGENT = ["--reuid", image.AGENT, "--regid", image.AGENT, "--init-groups", "--no-new-privs", "--"]
-_NO_SECRET = base64.urlsafe_b64encode(b'{"sessions_token": "added-by-the-firewall"}').decode()
 _RUNNING = frozenset({SandboxStatus.PENDING, SandboxStatus.RUNNING})
 
 
@@ -101,6 +95,7 @@ class VercelProvider:
         self._client = client
         self._settings = settings
         self._own = own
+        self.firewall = Firewall(settings, own)
         self._store = store
         self._image = wanted or image.load(Path(__file__).resolve().parent)
         self._program = program
@@ -169,7 +164,7 @@ class VercelProvider:
             sandbox = await self._client.resume_sandbox(name=name)
             sandbox = await self._with_time(sandbox)
             if await self._is_prepared(sandbox):
-                await self._close_off(sandbox)
+                await self.firewall.close_off(sandbox)
                 return sandbox
         return None
 
@@ -187,7 +182,7 @@ class VercelProvider:
         sandbox = await self._with_time(sandbox)
         if not await self._is_prepared(sandbox):
             await self._prepare(sandbox)
-        await self._close_off(sandbox)
+        await self.firewall.close_off(sandbox)
         return sandbox, created
 
     async def _resume(self, name: str) -> Sandbox | None:
@@ -213,7 +208,9 @@ class VercelProvider:
             tags={"environment": self._settings.environment_id, "session": session_id},
             execution_time_limit=timedelta(seconds=self._hold_seconds),
             resources=SandboxResources(vcpus=self._own.vcpus),
-            network_policy=self._policy() if snapshot else NetworkPolicy.allow_all(),  # until the SDK is installed
+            network_policy=self.firewall.policy()
+            if snapshot
+            else NetworkPolicy.allow_all(),  # until the SDK is installed
             snapshot_expiration=SnapshotExpiration(timedelta(seconds=kept)),
             snapshot_retention=SnapshotRetention(count=1),
         )
@@ -304,37 +301,6 @@ class VercelProvider:
         _log.info(line("stopped", provider=self.name, sandbox=name, reason="unused"))
         return True
 
-    # --- the network -------------------------------------------------------------------------------------------------
-
-    def _policy(self, rules: tuple[NetworkPolicyRule, ...] = ()) -> NetworkPolicy:
-        api = urlsplit(self._settings.base_url).hostname or ""
-        hosts = self._own.allowed_hosts or ()
-        return NetworkPolicy.custom({**dict.fromkeys(hosts, ()), api: rules})
-
-    async def _close_off(self, sandbox: Sandbox) -> None:
-        """Sets the network policy if the sandbox has another one, as after a change of SANDBOX_ALLOWED_HOSTS."""
-        wanted, has = set(self._policy().allow), sandbox.network_policy
-        as_wanted = has is not None and has.mode == "custom" and set(has.allowed_domains) == wanted
-        if not as_wanted or (has and has.injection_rules and not self._own.inject_credential):
-            await sandbox.update(network_policy=self._policy())
-
-    async def brief(self, sandbox: Sandbox, stdin: bytes) -> bytes:
-        """The job as this sandbox may have it. With VERCEL_INJECT_CREDENTIAL its token goes to the firewall instead,
-        which adds it where the session's own paths are asked for."""
-        job = json.loads(stdin) if self._own.inject_credential else {}
-        token = sessions_token(job.get("ANTHROPIC_WORK_SECRET"))
-        if token is None:
-            return stdin
-        session, environment, work = (job[f"ANTHROPIC_{name}_ID"] for name in ("SESSION", "ENVIRONMENT", "WORK"))
-        base = re.escape(urlsplit(self._settings.base_url).path)
-        own = f"sessions/{session}|environments/{environment}/work/{work}|skills|memory_stores"
-        rule = NetworkPolicyRule(
-            match=NetworkPolicyRequestMatcher(path=NetworkPolicyMatcher.regex(f"^{base}/v1/({own})(/.*)?$")),
-            transform=[NetworkPolicyTransform(headers={"authorization": f"Bearer {token}"})],
-        )
-        await sandbox.update(network_policy=self._policy((rule,)))
-        return json.dumps(job | {"ANTHROPIC_WORK_SECRET": _NO_SECRET}).encode()
-
     # --- between instances -------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
@@ -394,7 +360,7 @@ class VercelSandbox:
                     await self._put(launch.files)
                 process = await self._provider.begin(self._sandbox)
                 try:
-                    await self._tell(process, await self._provider.brief(self._sandbox, launch.stdin))
+                    await self._tell(process, await self._provider.firewall.brief(self._sandbox, launch.stdin))
                     return await read_ready(self._lines(process))
                 finally:
                     if process.stdout is not None:
@@ -425,19 +391,22 @@ class VercelSandbox:
 
     async def _tell(self, process: Process, stdin: bytes) -> None:
         """The job goes to standard input and nowhere else (R11). A runner that does not get it is not left waiting."""
-        try:
+        async with contextlib.AsyncExitStack() as unless_told:
+            unless_told.push_async_callback(_kill, process)
             if process.stdin is not None:
                 await process.stdin.send(stdin)
                 await process.stdin.aclose()
-        except BaseException:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(_KILL_SECONDS), contextlib.suppress(*ERRORS):
-                await process.kill()
-            raise
+            unless_told.pop_all()
 
     async def _lines(self, process: Process) -> AsyncIterator[bytes]:
         while process.stdout is not None and (text := await process.stdout.readline()):
             _log.info(line("runner", provider="vercel", sandbox=self.id, reason=text.strip()[:_LOG_CHARACTERS]))
             yield text.encode()
+
+
+async def _kill(process: Process) -> None:
+    with anyio.CancelScope(shield=True), anyio.move_on_after(_KILL_SECONDS), contextlib.suppress(*ERRORS):
+        await process.kill()
 
 
 async def install(sandbox: Sandbox, wanted: image.Image) -> None:

@@ -330,7 +330,9 @@ class TestInjection:
         sandbox = await provider.acquire(SESSION)
         job = {f"ANTHROPIC_{name}_ID": f"{name.lower()}_1" for name in ("SESSION", "ENVIRONMENT", "WORK")}
         secret = "eyJzZXNzaW9uc190b2tlbiI6ICJ0aGUtdG9rZW4ifQ=="  # {"sessions_token": "the-token"}
-        stdin = await provider.brief(sandbox._sandbox, json.dumps(job | {"ANTHROPIC_WORK_SECRET": secret}).encode())
+        stdin = await provider.firewall.brief(
+            sandbox._sandbox, json.dumps(job | {"ANTHROPIC_WORK_SECRET": secret}).encode()
+        )
         assert VERCEL.shared("runner_job").sessions_token(json.loads(stdin)["ANTHROPIC_WORK_SECRET"]) != "the-token"
         policy = fake.sandboxes[sandbox.id].current.network_policy
         assert policy is not None
