@@ -3,6 +3,8 @@
 Daytona stops it when nobody has used it for a while, archives it later, and keeps its disk until `release`; a sweep
 renews it while a runner works. The name is the lock: of two hosts that create it at once, one gets a 409 and finds the
 other's.
+
+Both halves of the seam are here, the provider and its sandbox: what one makes the other must find.
 """
 
 from __future__ import annotations

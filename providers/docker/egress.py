@@ -7,7 +7,7 @@ It serves CONNECT (https) and plain http. An allowed name is `host`, `*.domain` 
 `:port`; without a port, 443 and 80. Names are resolved here, and what they resolve to is checked here: a name below a
 `*.domain` may be anybody's, and leads to public addresses only; one that was named in full may also lead to a private
 network; none leads to a loopback or a link-local address, where clouds keep their metadata. An address that was allowed
-as an address is allowed. Standard library only.
+as an address is allowed. Standard library only, and one file, since it is all that this container runs.
 """
 
 from __future__ import annotations

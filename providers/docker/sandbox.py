@@ -3,6 +3,8 @@
 A container runs as long as its session has a runner and a while longer, by its own clock; the worker that made it may
 come and go. What is true is what the Engine says: nothing is remembered here. The container's name is the lock (R10),
 since the Engine gives a name to one container only.
+
+Both halves of the seam are here, the provider and its sandbox: what one makes the other must find.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The name is the lock: Modal lets one running sandbox of an app have it. The sand
 while (Modal's idle timeout, which a running command keeps off) and at the latest after its lifetime, which Modal cannot
 prolong: `acquire` replaces one whose time is short, and `sandbox_init.py` lets a runner hand over before it is up. The
 directory stays until `release`.
+
+Both halves of the seam are here, the provider and its sandbox: what one makes the other must find.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
  *
  * The SDK's tool runner does the serving. Around it stand the claim, the answers to what others left open, the question
  * whether the item may be stopped, and the look back after it. A runner can lose its memory at any await: what it must
- * know is in its store, and another one made from the same store goes on under the same lease.
+ * know is in its store, and another one made from the same store goes on under the same lease. One file, since each step leans
+ * on the order of all the others.
  */
 
 import type Anthropic from "@anthropic-ai/sdk";

@@ -1,4 +1,4 @@
-"""providers/cloudflare-container/container/sandbox_init.py: what it packs, unpacks and refuses, without a container."""
+"""providers/cloudflare-container/container/sandbox.py: what it packs, unpacks and refuses, without a container."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from tests.folders import Folder
 from tools.sync_shared import ROOT
 
-init = Folder(ROOT / "providers/cloudflare-container/container").module("sandbox_init")
+container = Folder(ROOT / "providers/cloudflare-container/container").module("sandbox")
 PLENTY = 1 << 30
 
 
@@ -31,7 +31,7 @@ def make(directory: Path) -> Any:
     """A sandbox that has no files yet."""
     for name in ("workspace", "state"):
         (directory / name).mkdir(parents=True)
-    return init.Sandbox(directory / "workspace", directory / "state")
+    return container.Sandbox(directory / "workspace", directory / "state")
 
 
 def workspace(sandbox: Any) -> Path:
@@ -85,7 +85,7 @@ def test_what_was_packed_is_unpacked(sandbox: Any, tmp_path: Path) -> None:
 def test_a_save_has_a_limit(sandbox: Any) -> None:
     restore(sandbox, b"")
     (workspace(sandbox) / "noise").write_bytes(os.urandom(1 << 20))
-    with pytest.raises(init.Refused, match="more than 1000000 bytes") as refused:
+    with pytest.raises(container.Refused, match="more than 1000000 bytes") as refused:
         archive(sandbox, 1_000_000)
     assert refused.value.status == 413
     (workspace(sandbox) / "noise").unlink()
@@ -104,11 +104,11 @@ def test_an_archive_that_is_not_the_saved_one_is_refused(sandbox: Any, tmp_path:
     ]
     for number, (damaged, stated) in enumerate(wrong):
         other = make(tmp_path / str(number))
-        with pytest.raises(init.Refused) as refused:
+        with pytest.raises(container.Refused) as refused:
             restore(other, damaged, **stated)
         assert refused.value.status == 422
         assert other.state()["fresh"], "it would start a runner"
-        with pytest.raises(init.Refused, match="has not got its files"):
+        with pytest.raises(container.Refused, match="has not got its files"):
             other.start({}, b"{}")
 
 
@@ -116,16 +116,16 @@ def test_an_archive_stays_in_the_workspace(sandbox: Any) -> None:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         tar.addfile(tarfile.TarInfo("../outside"))
-    with pytest.raises(init.Refused, match="tar failed"):
+    with pytest.raises(container.Refused, match="tar failed"):
         restore(sandbox, packed.getvalue())
     assert not (workspace(sandbox).parent / "outside").exists()
 
 
 def test_files_are_restored_once_and_saved_only_then(sandbox: Any) -> None:
-    with pytest.raises(init.Refused, match="nothing to save"):
+    with pytest.raises(container.Refused, match="nothing to save"):
         archive(sandbox)
     restore(sandbox, b"")
-    with pytest.raises(init.Refused, match="has files already"):
+    with pytest.raises(container.Refused, match="has files already"):
         restore(sandbox, b"")
 
 
@@ -153,7 +153,7 @@ class Meddled(io.BytesIO):
 
 def kill_tar() -> None:
     """As the kernel does that is out of memory: it alone, at once, wherever it is."""
-    for pid in init.runner_process.descendants(os.getpid()):
+    for pid in container.runner_process.descendants(os.getpid()):
         name, state = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rsplit(") ", 1)
         if (name, int(state.split()[1])) == ("tar", os.getpid()):  # it has children of the same name
             os.kill(pid, signal.SIGKILL)
@@ -164,7 +164,7 @@ def test_a_restore_whose_archiver_was_killed_is_none(sandbox: Any, tmp_path: Pat
     (workspace(sandbox) / "noise").write_bytes(os.urandom(1 << 20))
     content = archive(sandbox)
     other = make(tmp_path / "other")
-    with pytest.raises(init.Refused, match="tar failed with -9: it was killed") as refused:
+    with pytest.raises(container.Refused, match="tar failed with -9: it was killed") as refused:
         other.restore(Meddled(content, kill_tar), len(content), hashlib.sha256(content).hexdigest())
     assert (refused.value.status, other.state()["fresh"]) == (422, True)
 
@@ -173,7 +173,7 @@ def test_a_save_whose_archiver_was_killed_is_none(sandbox: Any, monkeypatch: pyt
     restore(sandbox, b"")
     (workspace(sandbox) / "noise").write_bytes(os.urandom(4 << 20))  # more than fits into pipes
     monkeypatch.setattr(sandbox, "_spool_file", lambda: Meddled(b"", kill_tar))
-    with pytest.raises(init.Refused, match="tar failed with -9: it was killed") as refused:
+    with pytest.raises(container.Refused, match="tar failed with -9: it was killed") as refused:
         archive(sandbox)
     assert refused.value.status == 422
     monkeypatch.undo()
@@ -189,7 +189,7 @@ def test_files_are_restored_by_one_at_a_time(sandbox: Any, tmp_path: Path) -> No
     refusals: list[Any] = []
 
     def again() -> None:
-        with pytest.raises(init.Refused, match="half of them") as refused:
+        with pytest.raises(container.Refused, match="half of them") as refused:
             restore(other, content)
         refusals.append(refused.value.status)
 
@@ -199,9 +199,9 @@ def test_files_are_restored_by_one_at_a_time(sandbox: Any, tmp_path: Path) -> No
 
 
 def test_a_restore_that_failed_is_not_tried_again_on_top_of_it(sandbox: Any) -> None:
-    with pytest.raises(init.Refused, match="tar failed"):
+    with pytest.raises(container.Refused, match="tar failed"):
         restore(sandbox, b"no archive")
-    with pytest.raises(init.Refused, match="half of them"):
+    with pytest.raises(container.Refused, match="half of them"):
         restore(sandbox, b"")
     assert sandbox.state()["fresh"]
 
@@ -215,8 +215,10 @@ def test_a_runner_is_over_even_where_another_thread_collected_the_orphan(
     restore(sandbox, b"")
     collected = subprocess.Popen(["true"])
     collected.wait()
-    monkeypatch.setattr(init, "_zombies", lambda: [collected.pid])
-    monkeypatch.setattr(init.runner_process, "descendants", lambda _: [])  # it kills what is below this very process
+    monkeypatch.setattr(container, "_zombies", lambda: [collected.pid])
+    monkeypatch.setattr(
+        container.runner_process, "descendants", lambda _: []
+    )  # it kills what is below this very process
     died: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", died.append)
     output = sandbox.start({}, b"{}")
@@ -228,7 +230,7 @@ def test_a_runner_is_over_even_where_another_thread_collected_the_orphan(
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])
 def test_a_brought_file_is_put_below_the_workspace_only(sandbox: Any, name: str) -> None:
     restore(sandbox, b"")
-    with pytest.raises(init.Refused, match="not below"):
+    with pytest.raises(container.Refused, match="not below"):
         sandbox.start({name: b"x"}, b"{}")
     assert not (workspace(sandbox).parent / "out").exists()
 
@@ -237,6 +239,6 @@ def test_a_brought_file_replaces_what_the_agent_left_in_its_place(tmp_path: Path
     (tmp_path / "target").write_text("untouched")
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs/file").symlink_to(tmp_path / "target")
-    init._write(tmp_path, "inputs/file", b"brought")
+    container._write(tmp_path, "inputs/file", b"brought")
     assert (tmp_path / "inputs/file").read_bytes() == b"brought"
     assert (tmp_path / "target").read_text() == "untouched"

@@ -4,7 +4,7 @@
  *
  * Whatever happens (a runner's end, a container's end, an alarm) leads to `#settle`, which looks at what is there and
  * decides what comes next. It remembers no more than `Session`, so it goes on where an object that was taken out of memory
- * left off. All of it happens in turn: no start meets a save.
+ * left off. All of it happens in turn: no start meets a save. One file, so that every change of a session's state is seen at once.
  */
 
 import { DurableObject } from "cloudflare:workers";
