@@ -8,10 +8,9 @@ is un-acked, and the queue offers it again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -23,14 +22,12 @@ from _shared.log import bug, line
 from _shared.settings import Settings
 from _shared.webhook import Verifier
 from sandbox import VercelProvider
-from store import UpstashSessionStore
+from store import UpstashSessionStore, lease
 
 _log = logging.getLogger(__name__)
 
 END_SECONDS = 10.0  # before the platform's deadline: time to cancel, to give leases back, and to log
 UNKNOWN_SECONDS = 240.0  # where the platform names no deadline, as outside of it
-LEASE_SECONDS = 15.0  # how long others wait for an instance that was frozen
-RENEW_SECONDS = 5.0
 SWEEP_SECONDS = 60.0  # a webhook sweeps, too, when nobody has for so long: not every plan has a cron for each minute
 _SIGNALS_SECONDS = 86400.0
 
@@ -91,7 +88,7 @@ class Host:
             await self.store.increment("signals", _SIGNALS_SECONDS)
             seen: str | None = ""
             while seen != (signals := await self.store.get("signals")):
-                async with self._lease("drain") as is_ours:
+                async with lease(self.store, "drain") as is_ours:
                     if not is_ours:
                         break
                     seen = signals
@@ -102,7 +99,7 @@ class Host:
             await self._sweep(dispatcher)
 
     async def _sweep(self, dispatcher: Dispatcher) -> None:
-        async with self._lease("sweep") as is_ours:
+        async with lease(self.store, "sweep") as is_ours:
             if not is_ours:
                 _log.info(line("sweep_skipped", reason="another instance sweeps"))
                 return
@@ -116,26 +113,3 @@ class Host:
             return False
         self._swept_at = time.monotonic()  # as far as this instance knows
         return self.store is None or await self.store.get("swept") is None
-
-    @contextlib.asynccontextmanager
-    async def _lease(self, name: str) -> AsyncIterator[bool]:
-        """Whether this instance has the lease. While it has, it renews it."""
-        if self.store is None:
-            yield True
-            return
-        store, owner = self.store, uuid4().hex
-        if not await store.claim(name, owner, LEASE_SECONDS):
-            yield False
-            return
-
-        async def renew() -> None:
-            while await store.claim(name, owner, LEASE_SECONDS):  # noqa: ASYNC110 - until it is cancelled
-                await asyncio.sleep(RENEW_SECONDS)
-
-        renewing = asyncio.create_task(renew())
-        try:
-            yield True
-        finally:
-            renewing.cancel()
-            await asyncio.wait([renewing])
-            await store.release(name, owner)

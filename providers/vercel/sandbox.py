@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, STDOUT
-from uuid import uuid4
 
 import anyio
 from vercel.sandbox import (
@@ -45,15 +44,14 @@ from _shared.provider import Launch, SandboxInfo, Started, read_ready
 from _shared.session_store import SessionStore
 from _shared.settings import Settings, load
 from firewall import Firewall
-from store import UpstashSessionStore, open_store
+from store import UpstashSessionStore, lease, open_store
 from vercel_errors import ERRORS, but_for, mapped
 from vercel_settings import VercelSettings
 
 _log = logging.getLogger(__name__)
 
 PREFIX = "cma-"
-CLAIM_SECONDS = 60.0  # for making or mending one sandbox; who takes longer may get company, and names still guard
-CLAIM_PAUSE_SECONDS = 0.3
+PAUSE_SECONDS = 0.3  # before it asks again whether another instance has made a sandbox
 LOOK_SECONDS = 50.0  # between two looks for unused sandboxes: a call for each that runs, once in a sweep
 CALLS_AT_ONCE = 10
 TAIL_SECONDS = 3.0  # the log of a running process has no end
@@ -305,17 +303,14 @@ class VercelProvider:
 
     @contextlib.asynccontextmanager
     async def _alone(self, name: str) -> AsyncIterator[None]:
-        """One instance at a time makes or mends a sandbox, where there is a store."""
-        if self._store is None:
-            yield
-            return
-        key, owner = f"making:{name}", uuid4().hex
-        while not await self._store.claim(key, owner, CLAIM_SECONDS):  # noqa: ASYNC110 - in another process
-            await asyncio.sleep(CLAIM_PAUSE_SECONDS)
-        try:
-            yield
-        finally:
-            await self._store.release(key, owner)
+        """One instance at a time makes or mends a sandbox, where there is a store. One that is frozen meanwhile may get
+        company; names still guard."""
+        while True:
+            async with lease(self._store, f"making:{name}") as is_ours:
+                if is_ours:
+                    yield
+                    return
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def _refuse_after_failures(self, name: str) -> None:
         if self._store is not None and int(await self._store.get(f"failures:{name}") or 0) >= FAILURES:

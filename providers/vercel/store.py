@@ -8,11 +8,13 @@ a moment, instances go on as without it, and say so. What an old copy of it says
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import httpx
 from upstash_redis.asyncio import Redis
@@ -20,6 +22,7 @@ from upstash_redis.errors import UpstashError
 
 from _shared.errors import SettingsError
 from _shared.log import line
+from _shared.session_store import SessionStore
 from _shared.settings import credential, load, setting, url
 
 _log = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ T = TypeVar("T")
 CALL_SECONDS = 2.0
 RETRY_SECONDS = 0.2  # the client tries a call twice; both fit into CALL_SECONDS when the store is well
 REST_SECONDS = 30.0  # how long a store that did not answer is left alone
+LEASE_SECONDS = 15.0  # how long others wait for an instance that was frozen
+RENEW_SECONDS = 5.0
 
 # One step each, and the same when the client sends it twice: the owner is compared with what is there.
 _CLAIM = """
@@ -144,6 +149,27 @@ class UpstashSessionStore:
             return otherwise
         self._rests_until = float("-inf")
         return answer
+
+
+@contextlib.asynccontextmanager
+async def lease(store: SessionStore | None, key: str) -> AsyncIterator[bool]:
+    """Whether this instance has the lease of `key`; while it has, it renews it. Without a store everybody has it."""
+    owner = uuid4().hex
+    if store is None or not await store.claim(key, owner, LEASE_SECONDS):
+        yield store is None
+        return
+
+    async def renew() -> None:
+        while await store.claim(key, owner, LEASE_SECONDS):  # noqa: ASYNC110 - until it is cancelled
+            await asyncio.sleep(RENEW_SECONDS)
+
+    renewing = asyncio.create_task(renew())
+    try:
+        yield True
+    finally:
+        renewing.cancel()
+        await asyncio.wait([renewing])
+        await store.release(key, owner)
 
 
 def _ms(seconds: float) -> int:

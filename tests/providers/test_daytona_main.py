@@ -232,6 +232,7 @@ async def test_the_status_page_is_for_who_has_the_key(
     caplog.set_level(logging.INFO)
     async with in_process(environ(emulator, daytona)) as client:
         await asyncio.to_thread(say, emulator, "echo served")
+        await asyncio.to_thread(until, lambda: "action=launched" in caplog.text)  # later than what the runner did
         for given in ({}, {"authorization": "Bearer wrong"}, {b"authorization": "Bearer é".encode("latin-1")}):
             assert (await client.get("/status", headers=given)).status_code == 401
         key = {"authorization": f"Bearer {STATUS_KEY}"}

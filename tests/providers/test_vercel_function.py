@@ -226,6 +226,8 @@ class TestInvocation:
             await instance.done()
             assert claims(emulator) == 0
             await until_gone(instance.host.store, "sweep")
+            making = f"making:{instance.host.provider._name(session)}"
+            assert await instance.host.store.claim(making, "frozen", 1.0)
             await instance.cron()
             assert await answer(emulator, session) == "thawed"
 
@@ -233,16 +235,16 @@ class TestInvocation:
     async def test_leases_are_kept_while_they_are_used_and_given_back(
         self, emulator: Emulator, fake: FakeVercel, upstash: Upstash, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(FUNCTION, "LEASE_SECONDS", 0.6)
-        monkeypatch.setattr(FUNCTION, "RENEW_SECONDS", 0.1)
+        monkeypatch.setattr(STORE, "LEASE_SECONDS", 0.6)
+        monkeypatch.setattr(STORE, "RENEW_SECONDS", 0.1)
         one, other = Instance(emulator, fake, upstash), Instance(emulator, fake, upstash)
         async with running(one, other):
-            async with one.host._lease("drain") as is_ours:
+            async with STORE.lease(one.host.store, "drain") as is_ours:
                 assert is_ours
                 await asyncio.sleep(1.0)
-                async with other.host._lease("drain") as is_theirs:
+                async with STORE.lease(other.host.store, "drain") as is_theirs:
                     assert not is_theirs
-            async with other.host._lease("drain") as is_theirs:
+            async with STORE.lease(other.host.store, "drain") as is_theirs:
                 assert is_theirs
 
     @needs_redis
