@@ -17,7 +17,7 @@ import anthropic
 from anthropic.lib.environments import EnvironmentWorker
 
 from .runner_answers import Answers
-from .runner_claim import CALL_TIMEOUT_SECONDS, SETTLE_SECONDS, NotOurs, ack_and_claim, beat, open_api
+from .runner_claim import CALL_TIMEOUT_SECONDS, SETTLE_SECONDS, NotOurs, ack_and_claim, beat, open_api, probe
 from .runner_events import EventLog, read_log, turn_is_over
 from .runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK, RunnerJob
 from .runner_journal import DIRECTORY, Journal
@@ -206,15 +206,16 @@ class Session:
         self._say("leaving")
         if self._lease.lost.is_set():
             return False
-        if self._lease.stopping.is_set():
-            return True
-        if not (self._leaving.is_set() or self._giving_up):
-            try:
-                if not await self._has_nothing_to_do():
+        if not self._lease.stopping.is_set():
+            if not (self._leaving.is_set() or self._giving_up):
+                try:
+                    if not await self._has_nothing_to_do():
+                        return False
+                except anthropic.APIError:
                     return False
-            except anthropic.APIError:
+            if not await self._lease_is_ours():
                 return False
-        return await self._lease_is_ours()
+        return not self._lease.stopping.is_set() or await self._is_to_be_stopped()
 
     async def _has_nothing_to_do(self) -> bool:
         if await turn_is_over(self._api, self._job.session_id, self._log.interrupted):
@@ -228,6 +229,20 @@ class Session:
         try:
             await beat(self._client.with_options(max_retries=1, timeout=CALL_TIMEOUT_SECONDS), self._job, NO_HEARTBEAT)
         except anthropic.APIError:
+            return False
+        return not self._lease.lost.is_set()
+
+    async def _is_to_be_stopped(self) -> bool:
+        """The fence once the server has spoken of a stop: it compares nothing then. Somebody else may have completed that
+        stop, and what came since has queued the session again: such an item is not ours to stop."""
+        lease = await probe(self._api.with_options(max_retries=1), self._job)
+        if lease is None:
+            return False
+        self._middleware.stopped |= lease.state == "stopped"
+        if lease.state not in ("starting", "active"):
+            return lease.state == "stopping"
+        if lease.last_heartbeat != self._lease.last_heartbeat:
+            self._lease.lost.set()
             return False
         return True
 

@@ -164,13 +164,12 @@ export class Lease {
   }
 
   /**
-   * Our own stop, fenced by a beat right before it (P10). True when the item is stopped. Each attempt has its own fence: the
+   * Our own stop, fenced right before it (P10). True when the item is stopped. Each attempt has its own fence: the
    * SDK would repeat a stop that met a 409, and by then the item may be queued again, for somebody else.
    */
   async stop(): Promise<boolean> {
     for (let attempt = 0; attempt < STOP_ATTEMPTS && !this.isStopped; attempt += 1) {
-      if (this.#end === "lost" || (this.#end === undefined && !(await this.beat()) && this.#end !== "stopping"))
-        continue;
+      if (!(await this.#mayStop())) continue;
       try {
         const { workId, environmentId } = this.#job;
         await this.#api.beta.environments.work.stop(workId, { environment_id: environmentId, force: true });
@@ -180,6 +179,21 @@ export class Lease {
       }
     }
     return this.isStopped;
+  }
+
+  /** The fence before a stop: a beat of ours, or what the item is once the server has spoken of a stop. */
+  async #mayStop(): Promise<boolean> {
+    if (this.#end === undefined && (await this.beat())) return true;
+    if (this.#end !== "stopping") return false;
+    // The server compares nothing then. Somebody else may have completed that stop, and what came since has queued the
+    // session again: such an item is not ours to stop.
+    const current = await this.probe();
+    if (current === undefined) return false;
+    this.isStopped = current.state === "stopped";
+    if (!["starting", "active"].includes(current.state)) return current.state === "stopping";
+    const isOurs = current.lastHeartbeat === this.#record.lastHeartbeat;
+    if (!isOurs) this.#end = "lost";
+    return isOurs;
   }
 
   /** Loses the lease once no beat was recorded for its whole time: the server may have given it away. */

@@ -230,6 +230,7 @@ export class Runner {
     if (this.lease.end === "stopping") {
       await this.#hands.sync(true);
       await this.lease.stop();
+      if (this.#fate() === "drop") return { code: EXIT.leaseLost, reason: "the lease was lost" };
       // Stopped first: an answer to a session without a live item queues it again, for the next runner.
       await this.#answers.send([...this.#heldBack, ...this.#unposted()]);
       return { code: EXIT.ok, reason: "stopped by the operator" };

@@ -105,6 +105,7 @@ class InProcess:
     def __init__(self, job: RunnerJob, directory: Path, **options: Any) -> None:
         self.lines: list[dict[str, Any]] = []
         self.kills = 0
+        self.on_first_kill: Callable[[], object] = lambda: None
         self.leaving = asyncio.Event()
         self.lock = Lock(directory / "state")
         assert self.lock.try_take()
@@ -121,6 +122,8 @@ class InProcess:
         )
 
     def _kill(self) -> None:
+        if not self.kills:
+            self.on_first_kill()
         self.kills += 1  # the shell dies with its tool; whole trees are for the tests with a process
 
     async def run(self, tools: ToolFactory = NO_TOOLS) -> Exit:

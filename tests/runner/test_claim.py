@@ -95,7 +95,7 @@ async def test_a_claim_answered_with_stopping_ends_in_a_stop(
     stopping = {"last_heartbeat": "", "lease_extended": False, "state": "stopping", "ttl_seconds": 300}
     proxy.answer("beat", 200, body={"type": "work_heartbeat", **stopping})
     assert await runner.run() == (EXIT_OK, "stopped by the operator")
-    assert proxy.seen == ["ack", "beat", "stop"]
+    assert proxy.seen == ["ack", "beat", "beat", "stop"]
     assert emulator.work(session_id)["state"] == "stopped"
 
 

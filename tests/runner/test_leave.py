@@ -8,10 +8,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import anthropic
 import pytest
 from anthropic.lib.tools import ToolError, beta_async_tool, beta_tool
 
-from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST
+from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK
+from shared.runner_lease import NO_HEARTBEAT
 from shared.runner_tools import INTERRUPTED, NOT_STARTED, ToolFactory
 from tests.runner.proxy import Proxy
 from tests.runner.support import Bench, eventually, in_process, operations, results, texts, until, wait_file, wait_idle
@@ -326,7 +328,7 @@ async def test_what_a_tool_raises_is_what_the_sdk_sees(bench: Bench) -> None:
     assert [line["is_error"] for line in bench.lines] == [True]
 
 
-async def test_an_item_that_was_stopped_by_force_is_left_all_the_same(
+async def test_an_item_that_was_stopped_by_force_needs_no_stop(
     emulator: Emulator, session_id: str, tmp_path: Path
 ) -> None:
     runner = await in_process(emulator, emulator.url, tmp_path)
@@ -335,4 +337,62 @@ async def test_an_item_that_was_stopped_by_force_is_left_all_the_same(
     emulator.stop_work(session_id, force=True)
     runner.session.leave()
     assert await running == HANDED_OVER
-    assert {record.status for record in emulator.requests if record.operation == "work.stop"} == {409}
+    assert runner.events("handover") == [{"event": "handover", "answers": 0, "stopped": True}]
+    assert operations(emulator, "work.stop") == []
+
+
+@pytest.mark.parametrize("lease_ttl", [2.0])
+@pytest.mark.parametrize(
+    ("force", "switches"),
+    [(False, Switches()), *((True, Switches(heartbeat_on_queued=status)) for status in (412, 404, 409))],
+)
+async def test_what_is_queued_while_a_runner_obeys_a_stop_is_not_stopped(
+    emulator: Emulator, session_id: str, tmp_path: Path, force: bool
+) -> None:
+    """The runner knows of the stop and ends its call; meanwhile the item is stopped, and a message queues it again."""
+    emulator.say(session_id, SLOW)
+    runner = await in_process(emulator, emulator.url, tmp_path)
+
+    def queue_again() -> None:
+        if not force:
+            emulator.stop_work(session_id, force=True)
+        emulator.say(session_id, "!echo and on")
+
+    runner.on_first_kill = queue_again
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    emulator.stop_work(session_id, force=force)
+    assert await running == (EXIT_OK, "stopped by the operator")
+    assert operations(emulator, "work.stop") == []
+    assert results(emulator, session_id) == [INTERRUPTED]
+    assert emulator.work(session_id)["state"] == "queued"
+
+    successor = await in_process(emulator, emulator.url, tmp_path)
+    await successor.run()
+    assert texts(emulator, session_id)[-1] == "and on"
+
+
+@pytest.mark.parametrize("lease_ttl", [2.0])
+async def test_what_another_runner_has_claimed_meanwhile_is_not_stopped_and_gets_no_answer(
+    emulator: Emulator, session_id: str, tmp_path: Path
+) -> None:
+    emulator.say(session_id, SLOW)
+    runner = await in_process(emulator, emulator.url, tmp_path)
+
+    def claim_again() -> None:
+        emulator.say(session_id, "and on")
+        environment_id = emulator.environment_id
+        with anthropic.Anthropic(auth_token=emulator.environment_key, base_url=emulator.url) as client:
+            work = client.beta.environments.work
+            item = work.poll(environment_id)
+            assert item is not None
+            work.ack(item.id, environment_id=environment_id)
+            work.heartbeat(item.id, environment_id=environment_id, expected_last_heartbeat=NO_HEARTBEAT)
+
+    runner.on_first_kill = claim_again
+    running = runner.start()
+    await wait_file(tmp_path / "workspace" / "begun")
+    emulator.stop_work(session_id, force=True)
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    assert operations(emulator, "work.stop", "events.send") == []
+    assert emulator.work(session_id)["state"] == "active"

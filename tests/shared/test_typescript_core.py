@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from anthropic import AsyncAnthropic
 
 from shared.healing import LATEST_PER_SWEEP, LOOKS_PER_HINT
 from tests.providers.workers_dev import workspace
 from tests.shared import leaks, test_dispatcher, test_handler, test_healing, test_secrets, test_webhook
 from tests.shared import typescript_core as ts
 from tests.shared.conftest import MakeDispatcher
-from tests.shared.support import HEALABLE_SECONDS, Detour, FakeProvider, Gate, polls, settings_for
+from tests.shared.support import HEALABLE_SECONDS, Detour, FakeProvider, Gate, claim, count, polls, settings_for
 from tests.shared.test_handler import host
 from tests.shared.test_healing import finish, make_world, world
 from tools.emulator import Emulator
@@ -124,6 +125,45 @@ async def test_signals_during_a_poll_make_one_more(emulator: Emulator, core: ts.
     core.call("wake", of=dispatcher.name, times=100)
     await dispatcher.drain()
     assert polls(emulator) <= 2
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "is_stopped", "end", "stops", "state"),
+    [
+        ((), True, "stopping", 1, "stopped"),
+        (("stop",), True, "stopping", 0, "stopped"),
+        (("stop", "say"), False, "stopping", 0, "queued"),
+        (("stop", "say", "claim"), False, "lost", 0, "active"),
+    ],
+)
+async def test_a_stop_that_the_server_asked_for_ends_nothing_that_came_after(
+    emulator: Emulator,
+    core: ts.Core,
+    client: AsyncAnthropic,
+    meanwhile: tuple[str, ...],
+    is_stopped: bool,
+    end: str,
+    stops: int,
+    state: str,
+) -> None:
+    session = emulator.create_session()
+    item = await client.beta.environments.work.poll(emulator.environment_id)
+    assert item is not None
+    lease = core.new()
+    core.call("lease", of=lease, item=item.to_dict(mode="json"), environ=ts.environ_of(settings_for(emulator)))
+    await core.ask("ack", of=lease)
+    assert await core.ask("beat", of=lease)
+    emulator.stop_work(session)
+    assert not await core.ask("beat", of=lease)  # it knows
+    for step in meanwhile:
+        if step == "claim":
+            await claim(client, emulator, session)
+        else:
+            _ = emulator.stop_work(session, force=True) if step == "stop" else emulator.say(session, "go on")
+    assert await core.ask("stop", of=lease) is is_stopped
+    assert core.call("leaseEnd", of=lease) == end
+    assert count(emulator, "work.stop") == stops
+    assert emulator.work(session)["state"] == state
 
 
 async def test_a_launch_that_hangs_is_given_up_when_its_budget_is_spent(

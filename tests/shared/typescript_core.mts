@@ -44,6 +44,7 @@ const { FetchRefused, LaunchFailed, WebhookRejected, SettingsError } = await her
 const { handle } = await here("handler.ts");
 const { Healer } = await here("healing.ts");
 const { jobFrom } = await here("jobs.ts");
+const { Lease } = await here("lease.ts");
 const { errorName, line, log, runnerLog } = await here("log.ts");
 const { hide, redact } = await here("secrets.ts");
 const { readSettings } = await here("settings.ts");
@@ -158,6 +159,13 @@ const doing: Record<string, (given: Values) => unknown> = {
   },
   settings: ({ environ }) => readSettings(environ),
   job: ({ item, environ }) => jobFrom(item, readSettings(environ)),
+  lease({ of, item, environ }) {
+    objects.set(of, new Lease(jobFrom(item, readSettings(environ)), undefined, () => undefined));
+  },
+  ack: ({ of }) => made(of).ack(),
+  beat: ({ of }) => made(of).beat(),
+  stop: ({ of }) => made(of).stop(),
+  leaseEnd: ({ of }) => made(of).end,
   hide: ({ secret }) => hide(secret),
   redact: ({ text }) => redact(text),
   line: ({ action, values }) => line(action, values),
