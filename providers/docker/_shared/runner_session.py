@@ -233,8 +233,8 @@ class Session:
         return not self._lease.lost.is_set()
 
     async def _is_to_be_stopped(self) -> bool:
-        """The fence once the server has spoken of a stop: it compares nothing then. Somebody else may have completed that
-        stop, and what came since has queued the session again: such an item is not ours to stop."""
+        """The fence once the server has spoken of a stop: it compares nothing then. If somebody else has completed it
+        and the session was queued again since, that item is not ours to stop."""
         lease = await probe(self._api.with_options(max_retries=1), self._job)
         if lease is None:
             return False
