@@ -29,7 +29,7 @@ class Fault:
     """What happens to the next requests of one operation."""
 
     operation: str
-    kind: Literal["lose", "drop", "answer", "hold"]
+    kind: Literal["lose", "spoil", "drop", "answer", "hold"]
     times: float
     status: int = 500
     body: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +70,10 @@ class Proxy:
     def lose(self, operation: str, times: float = 1) -> Fault:
         """Recorded by the emulator, but its answer never arrives."""
         return self._add(Fault(operation, "lose", times))
+
+    def spoil(self, operation: str, status: int) -> Fault:
+        """Recorded by the emulator, and answered with this status."""
+        return self._add(Fault(operation, "spoil", 1, status))
 
     def drop(self, operation: str, times: float = 1) -> Fault:
         """Never reaches the emulator."""
@@ -123,9 +127,11 @@ class Proxy:
         elif kind != "drop":
             async with contextlib.aclosing(self._forward(head, body)) as chunks:
                 async for chunk in chunks:
-                    if kind != "lose":
+                    if kind not in ("lose", "spoil"):
                         writer.write(chunk)
                         await writer.drain()
+        if fault is not None and kind == "spoil":
+            writer.write(_reply(fault.status, fault.body))
         await writer.drain()
 
     async def _note(self, what: str) -> Fault | None:

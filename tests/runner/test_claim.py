@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import anthropic
 import pytest
 
-from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK
+from shared.runner_claim import ack_and_claim, beat, open_api
+from shared.runner_events import EventLog
+from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK, parse_job
+from shared.runner_lease import NO_HEARTBEAT, Lease, LeaseMiddleware
 from tests.runner.proxy import Proxy
-from tests.runner.support import in_process, operations, results, texts, until, wait_idle
+from tests.runner.support import in_process, job_values, operations, results, texts, until, wait_idle
 from tools.emulator import Emulator, Switches
 
 SETTLE_SECONDS = 1.6  # longer than a beat of a lease of two seconds
@@ -68,12 +72,18 @@ async def test_an_ack_that_fails_decides_nothing(
     assert (await runner.run())[0] == EXIT_OK
     assert lost.times == 0
 
+    emulator.say(session_id, "!echo more")
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    proxy.spoil("ack", status)  # as a server does that has the ack of a runner which died before its claim
+    assert (await runner.run())[0] == EXIT_OK
+    assert texts(emulator, session_id) == ["hello", "more"]
+
     emulator.say(session_id, "!echo again")
     runner = await in_process(emulator, proxy.url, tmp_path)
     proxy.answer("ack", status)  # and here it was not, so the claim decides: the item is queued still
     assert (await runner.run())[0] == EXIT_LEASE_LOST
     assert emulator.work(session_id)["state"] == "queued"
-    assert proxy.count("ack") == 2
+    assert proxy.count("ack") == 3
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -179,6 +189,32 @@ async def test_a_lost_beat_is_adopted_while_the_lease_lives(
     assert lost.times == 0
     statuses = [record.status for record in emulator.requests if record.operation == "work.heartbeat"]
     assert statuses.count(412) == 1  # the beat after the lost one: ambiguous, and adopted
+
+
+@pytest.mark.parametrize("status", [500, 503])
+async def test_a_beat_that_met_a_server_error_may_have_been_recorded(
+    emulator: Emulator, proxy: Proxy, session_id: str, status: int
+) -> None:
+    job = parse_job(await job_values(emulator, proxy.url))
+    lease = Lease(on_beat=lambda _: None)
+    async with open_api(job) as api, open_api(job, LeaseMiddleware(lease, never, EventLog())) as client:
+        await ack_and_claim(api, job, lease)
+        proxy.spoil("beat", status)
+        with pytest.raises(anthropic.InternalServerError):
+            await beat(client, job, NO_HEARTBEAT)
+        assert (await beat(client, job, NO_HEARTBEAT)).state == "active"  # adopted
+        assert (await beat(client, job, NO_HEARTBEAT)).lease_extended
+    assert [record.status for record in emulator.requests if record.operation == "work.heartbeat"] == [
+        200,
+        200,
+        412,
+        200,
+    ]
+    assert not lease.lost.is_set()
+
+
+async def never() -> bool:
+    return False
 
 
 @pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
