@@ -87,9 +87,7 @@ def create_app(host: Host | None = None, *, poll: bool = True) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if host is None:  # another server's process: nobody has set up its log
-            log.configure()
-        served = host or Host.from_env(os.environ)
+        served = host or host_of_this_process()
         latest = Latest()
         logging.getLogger().addHandler(latest)
         dispatcher = Dispatcher(client=open_client(served.settings), settings=served.settings, provider=served.provider)
@@ -123,6 +121,16 @@ def create_app(host: Host | None = None, *, poll: bool = True) -> FastAPI:
     app.add_api_route("/healthz", healthz, methods=["GET"])
     app.add_api_route("/status", status, methods=["GET"])
     return app
+
+
+def host_of_this_process() -> Host:
+    """For another server, which has not set up our log, and would show a wrong setting as a traceback."""
+    log.configure()
+    try:
+        return Host.from_env(os.environ)
+    except SandboxesError as error:
+        _log.error(log.line("settings", reason=str(error)))
+        os._exit(2)  # as `main` does; nothing runs yet
 
 
 async def webhook(request: Request) -> Response:

@@ -51,7 +51,7 @@ def create_app(host: Host | None = None, *, poll: bool = True) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        served = host or Host.from_env(os.environ)
+        served = host or host_of_this_process()
         dispatcher = Dispatcher(client=open_client(served.settings), settings=served.settings, provider=served.provider)
         app.state.verifier, app.state.wake, app.state.suspect = served.verifier, dispatcher.wake, dispatcher.suspect
         stop = asyncio.Event()
@@ -80,6 +80,16 @@ def create_app(host: Host | None = None, *, poll: bool = True) -> FastAPI:
     app.add_api_route("/webhook", webhook, methods=_METHODS)
     app.add_api_route("/healthz", healthz, methods=["GET"])
     return app
+
+
+def host_of_this_process() -> Host:
+    """For another server, which has not set up our log, and would show a wrong setting as a traceback."""
+    log.configure()
+    try:
+        return Host.from_env(os.environ)
+    except SandboxesError as error:
+        _log.error(log.line("settings", reason=str(error)))
+        os._exit(2)  # as `main` does; nothing runs yet
 
 
 async def webhook(request: Request) -> Response:

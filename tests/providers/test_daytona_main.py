@@ -259,9 +259,12 @@ async def test_without_a_key_there_is_no_status_page_and_a_stranger_gets_nothing
         assert [(await client.get(path)).status_code for path in ("/", "/docs", "/openapi.json")] == [404] * 3
 
 
-def test_every_missing_setting_is_named() -> None:
+@pytest.mark.parametrize(
+    "arguments", [["main.py"], ["-m", "uvicorn", "main:app", "--port", "0"]], ids=["own", "uvicorn"]
+)
+def test_every_missing_setting_is_named(arguments: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "main.py"],
+        [sys.executable, *arguments],
         cwd=FOLDER.path,
         env={"PATH": os.environ["PATH"]},
         capture_output=True,

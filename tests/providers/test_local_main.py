@@ -160,8 +160,11 @@ def test_any_asgi_server_can_serve_it(emulator: Emulator, tmp_path: Path) -> Non
         process.wait()
 
 
-def test_every_missing_setting_is_named(tmp_path: Path) -> None:
-    done = failed_start(["main.py"], {"PATH": os.environ["PATH"], "LOCAL_ROOT": str(tmp_path)})
+@pytest.mark.parametrize(
+    "arguments", [["main.py"], ["-m", "uvicorn", "main:app", "--port", "0"]], ids=["own", "uvicorn"]
+)
+def test_every_missing_setting_is_named(tmp_path: Path, arguments: list[str]) -> None:
+    done = failed_start(arguments, {"PATH": os.environ["PATH"], "LOCAL_ROOT": str(tmp_path)})
     assert done.returncode == 2
     assert "ANTHROPIC_ENVIRONMENT_ID is not set" in done.stderr
     assert "ANTHROPIC_ENVIRONMENT_KEY is not set" in done.stderr
