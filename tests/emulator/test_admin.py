@@ -182,6 +182,28 @@ def test_a_refusal_names_what_is_wrong(admin: AdminClient, method: str, path: st
     assert str(refusal.value).startswith(complaint)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [rb'"\ud800"', rb'"\uDFFF pair"', b'"\xed\xa0\x80"', rb'{"command": "\ud83d"}'],
+    ids=["high", "low", "raw", "below"],
+)
+def test_half_of_a_surrogate_pair_is_refused_where_it_comes_in(emulator: Emulator, text: bytes) -> None:
+    """No answer could carry it: the session would be served with 500s."""
+    session_id = emulator.create_session()
+    headers = {"content-type": "application/json", "authorization": f"Bearer {emulator.api_key}"}
+    headers["anthropic-beta"] = "managed-agents-2026-04-01"
+    with httpx2.Client(base_url=emulator.url, headers=headers) as http:
+        for path, before, after in (
+            (f"/_emulator/sessions/{session_id}/script", b'{"steps": [{"call": {"bash": ', b"}}]}"),
+            (f"/v1/sessions/{session_id}/events", b'{"events": [{"type": "user.message", "content": ', b"}]}"),
+        ):
+            response = http.post(path, content=before + text + after)
+            assert response.status_code == 400
+            assert "surrogate" in response.json()["error"]["message"]
+        whole = http.post(f"/_emulator/sessions/{session_id}/script", content=rb'{"steps": [{"say": "\ud83d\ude00"}]}')
+        assert whole.status_code == 200
+
+
 def test_a_web_page_cannot_post_to_it(emulator: Emulator) -> None:
     """What a browser sends across origins without asking first is a form or plain text."""
     with httpx2.Client(base_url=emulator.url) as http:

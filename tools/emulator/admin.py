@@ -36,7 +36,7 @@ from .errors import EmulatorError, Invalid, NotFound, envelope, status_of
 from .faults import ANY_OPERATION
 from .guard import check_origin
 from .live import overview_stream, session_stream, webhooks
-from .params import EventsBody, Params, parse
+from .params import EventsBody, Params, json_object, parse
 from .routes import OPERATIONS
 from .scripts_yaml import steps_of
 from .state.ids import new_id
@@ -269,13 +269,7 @@ async def _object(request: Request) -> Json:
         return {}
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Invalid("content-type: the admin API takes application/json only")
-    try:
-        values = json.loads(content)
-    except ValueError as error:
-        raise Invalid("body: not JSON") from error
-    if not isinstance(values, dict):
-        raise Invalid("body: not a JSON object")
-    return values
+    return json_object(content)
 
 
 async def _body(request: Request, model: type[P]) -> P:

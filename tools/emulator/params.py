@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -204,6 +205,21 @@ class SessionCreateBody(Params):
 
 
 P = TypeVar("P", bound=Params)
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """The object in a request's body. Raises `Invalid`, also for half of a surrogate pair: no answer could carry it."""
+    try:
+        values = json.loads(content)
+        if b"\\u" in content or not content.isascii():
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Invalid("body: half of a surrogate pair (\\ud800 to \\udfff) is no character") from error
+    except (ValueError, RecursionError) as error:
+        raise Invalid("body: not JSON") from error
+    if not isinstance(values, dict):
+        raise Invalid("body: not a JSON object")
+    return values
 
 
 def parse(model: type[P], values: Any, where: str) -> P:

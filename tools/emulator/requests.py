@@ -6,7 +6,6 @@ cannot depend on something the emulator silently ignores.
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,7 +18,7 @@ from .credentials import Credential, Credentials
 from .engine import Engine
 from .errors import EmulatorError, Injected, Invalid, NotFound, envelope, status_of
 from .faults import Fault, Faults, OpenStream, client_of
-from .params import NoParams, Params, parse
+from .params import NoParams, Params, json_object, parse
 from .shown import ShownClock
 from .state.ids import new_id
 
@@ -83,13 +82,7 @@ class Call:
     def body(self, model: type[P]) -> P:
         if not self._body:
             return parse(model, {}, "body")
-        try:
-            values = json.loads(self._body)
-        except ValueError as error:
-            raise Invalid("body: not JSON") from error
-        if not isinstance(values, dict):
-            raise Invalid("body: not a JSON object")
-        return parse(model, values, "body")
+        return parse(model, json_object(self._body), "body")
 
     def no_body(self) -> None:
         self.body(NoParams)
