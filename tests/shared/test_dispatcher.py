@@ -643,6 +643,26 @@ async def test_one_sandbox_that_cannot_be_deleted_keeps_no_other(
     assert "action=released session=sesn_2 sandbox=box-sesn_2" in caplog.text
 
 
+class HangingRelease(FakeProvider):
+    """A provider that never says that its first sandbox is deleted."""
+
+    async def release(self, sandbox_id: str) -> None:
+        if sandbox_id == self.infos[0].sandbox_id:
+            await asyncio.Event().wait()
+        await super().release(sandbox_id)
+
+
+async def test_one_sandbox_that_is_never_deleted_holds_up_no_sweep(
+    emulator: Emulator, make_dispatcher: MakeDispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider = HangingRelease()
+    provider.infos = [info(f"sesn_{n}", running=False, idle_seconds=10**7) for n in range(2)]
+    await make_dispatcher(provider, call_seconds=0.1).sweep()
+    assert provider.released == ["box-sesn_1"]
+    assert "action=release provider=fake session=sesn_0" in caplog.text
+    assert "no answer in time" in caplog.text
+
+
 async def test_nothing_is_deleted_while_the_api_does_not_say_what_is_wanted(
     emulator: Emulator, detour: Detour, make_dispatcher: MakeDispatcher
 ) -> None:

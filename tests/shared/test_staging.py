@@ -143,7 +143,7 @@ async def test_what_cannot_be_had_is_named_and_the_rest_is_brought(
     session = await client.beta.sessions.retrieve(session_id)
     session = session.model_copy(update={"metadata": metadata})
     fetcher = FakeFetcher(a=b"A")
-    found = await Stager(client, fetcher)._inputs(await job_of(client, emulator), session)
+    found = await Stager(client, fetcher)._inputs(await job_of(client, emulator), session, MAX_BYTES)
     assert {path: content for path, content in found.items() if "ERRORS" not in path} == {"inputs/a": b"A"}
     told = found["inputs/ERRORS.txt"].decode()
     assert "gone: its server answered 404\n" in told
@@ -160,6 +160,19 @@ async def test_all_files_together_have_a_limit(emulator: Emulator, client: Async
     assert sorted(found) == ["inputs/ERRORS.txt", "inputs/a", "inputs/b"]
     assert [limit for _, limit in fetcher.asked] == [MAX_INPUT_BYTES, MAX_INPUT_BYTES, 10]
     assert MAX_BYTES == 2 * MAX_INPUT_BYTES
+
+
+async def test_skills_and_files_share_the_limit_of_what_travels_in_one_request(
+    emulator: Emulator, client: AsyncAnthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "MAX_BYTES", 100)
+    emulator.switch(sessions_token_may_read_skills=False)
+    skill_id = emulator.add_skill("pdf", {"SKILL.md": "x" * 60}, "zip")
+    emulator.create_session(skills=[skill_id], metadata={"input:a": "https://files.example/a"})
+    fetcher = FakeFetcher(a=b"x" * 41)
+    found = await Stager(client, fetcher).files(await job_of(client, emulator))
+    assert sorted(found) == ["inputs/ERRORS.txt", "skills/pdf/SKILL.md"]
+    assert [limit for _, limit in fetcher.asked] == [40]
 
 
 # --- and never instead of serving ------------------------------------------------------------------------------------

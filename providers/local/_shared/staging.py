@@ -32,7 +32,7 @@ from .runner_pages import RefusePages
 
 STAGE_SECONDS = 45.0  # for everything; it goes on beside `acquire`, and is half of what a launch has
 MAX_INPUT_BYTES = 10 * 1024 * 1024  # one file
-MAX_BYTES = 20 * 1024 * 1024  # all files of a session: some providers take them in one request
+MAX_BYTES = 20 * 1024 * 1024  # all files of a session, and of its skills: some providers take them in one request
 PREFIX = "input:"
 _NAME = re.compile(r"[\w][\w.\- ]{0,100}(?:/[\w][\w.\- ]{0,100}){0,4}\Z", re.ASCII)
 _ERRORS = "inputs/ERRORS.txt"
@@ -52,7 +52,8 @@ class Stager:
         try:
             async with asyncio.timeout(STAGE_SECONDS):
                 session = await self._client.beta.sessions.retrieve(job.session_id)
-                skills, inputs = await asyncio.gather(self._skills(job, session), self._inputs(job, session))
+                skills = await self._skills(job, session)
+                inputs = await self._inputs(job, session, MAX_BYTES - sum(map(len, skills.values())))
         except (anthropic.APIError, TimeoutError) as error:
             _log.warning(log.line("stage", session=job.session_id, error=error, reason="no files were brought"))
             return {}
@@ -91,11 +92,11 @@ class Stager:
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
-    async def _inputs(self, job: Job, session: BetaManagedAgentsSession) -> dict[str, bytes]:
+    async def _inputs(self, job: Job, session: BetaManagedAgentsSession, room: int) -> dict[str, bytes]:
         named = {key.removeprefix(PREFIX): url for key, url in session.metadata.items() if key.startswith(PREFIX)}
         found: dict[str, bytes] = {}
         problems: list[str] = []
-        left = MAX_BYTES
+        left = room
         for name, url in sorted(named.items()):
             try:
                 if not _NAME.match(name):
