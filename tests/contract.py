@@ -227,8 +227,8 @@ class ProviderContract:
         assert host.claims() == 2
 
     async def test_an_operators_graceful_stop_ends_the_tool_and_the_item(self, tmp_path: Path) -> None:
-        # A TTL so short that the runner beats, and learns of it, every two seconds.
-        with Emulator(host=self.emulator_host, lease_ttl=4) as emulator:
+        # A TTL so short that the runner beats, and learns of it, every four seconds.
+        with Emulator(host=self.emulator_host, lease_ttl=8) as emulator:
             world = World(emulator, self.core, self.make_provider, tmp_path / "sandboxes")
             host = world.host()
             session = emulator.create_session()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import pytest
@@ -15,8 +18,6 @@ from shared.runner_lease import NO_HEARTBEAT, Lease, LeaseMiddleware
 from tests.runner.proxy import Proxy
 from tests.runner.support import in_process, job_values, operations, results, texts, until, wait_idle
 from tools.emulator import Emulator, Switches
-
-SETTLE_SECONDS = 1.6  # longer than a beat of a lease of two seconds
 
 
 @pytest.fixture
@@ -109,7 +110,6 @@ async def test_a_claim_answered_with_stopping_ends_in_a_stop(
     assert emulator.work(session_id)["state"] == "stopped"
 
 
-@pytest.mark.parametrize("lease_ttl", [2.0])
 async def test_a_claim_that_was_recorded_but_not_answered_is_ours_when_it_stands_still(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
@@ -127,21 +127,23 @@ async def test_a_claim_that_was_not_recorded_is_sent_again(
     assert await asyncio.wait_for(runner.run(), 10) == (EXIT_OK, "the session is idle")
 
 
-@pytest.mark.parametrize("lease_ttl", [2.0])
 async def test_an_unanswered_claim_is_another_runners_when_its_heartbeat_moves(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "winner").mkdir()
-    runner = await in_process(emulator, proxy.url, tmp_path, settle_seconds=SETTLE_SECONDS)
-    winner = await in_process(emulator, emulator.url, tmp_path / "winner", SANDBOX_MAX_IDLE_SECONDS="30")
-    serving = winner.start()
-    await wait_idle(emulator, session_id)
-    proxy.drop("beat")
-    code, reason = await runner.run()
-    assert (code, reason) == (EXIT_LEASE_LOST, "the claim was not answered, and another runner beats the item")
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    winner, lease = parse_job(await job_values(emulator, emulator.url)), Lease(on_beat=lambda _: None)
+    async with open_api(winner) as api:
+        await ack_and_claim(api, winner, lease)
+        proxy.drop("beat")  # the claim
+        running = runner.start()
+        await proxy.wait_count("beat", 2)  # and the first look
+        looks_again = proxy.hold("beat")
+        await looks_again.reached.wait()
+        await beat(api, winner, str(lease.last_heartbeat))
+        looks_again.released.set()
+        reason = "the claim was not answered, and another runner beats the item"
+        assert await running == (EXIT_LEASE_LOST, reason)
     assert operations(emulator, "work.stop") == []
-    winner.session.leave()
-    await serving
 
 
 async def test_a_control_plane_that_is_out_of_reach_is_not_asked_for_ever(
@@ -177,44 +179,32 @@ async def test_sigterm_while_the_claim_is_under_way_stops_what_it_claimed(
     assert results(emulator, session_id) == []
 
 
-@pytest.mark.parametrize("lease_ttl", [2.0])
-async def test_a_lost_beat_is_adopted_while_the_lease_lives(
-    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
-) -> None:
-    runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="2")
-    running = runner.start()
-    await proxy.wait_count("beat", 2)
-    lost = proxy.lose("beat")
-    assert await running == (EXIT_OK, "the session is idle")
-    assert lost.times == 0
-    statuses = [record.status for record in emulator.requests if record.operation == "work.heartbeat"]
-    assert statuses.count(412) == 1  # the beat after the lost one: ambiguous, and adopted
+@contextlib.asynccontextmanager
+async def claimed(emulator: Emulator, proxy: Proxy) -> AsyncIterator[tuple[Lease, Callable[[], Awaitable[Any]]]]:
+    """A lease, and what sends the next beat of it as the SDK's worker would."""
+    job, lease = parse_job(await job_values(emulator, proxy.url)), Lease(on_beat=lambda _: None)
 
+    async def may_stop() -> bool:
+        return False
 
-@pytest.mark.parametrize("status", [500, 503])
-async def test_a_beat_that_met_a_server_error_may_have_been_recorded(
-    emulator: Emulator, proxy: Proxy, session_id: str, status: int
-) -> None:
-    job = parse_job(await job_values(emulator, proxy.url))
-    lease = Lease(on_beat=lambda _: None)
-    async with open_api(job) as api, open_api(job, LeaseMiddleware(lease, never, EventLog())) as client:
+    async with open_api(job) as api, open_api(job, LeaseMiddleware(lease, may_stop, EventLog())) as client:
         await ack_and_claim(api, job, lease)
-        proxy.spoil("beat", status)
-        with pytest.raises(anthropic.InternalServerError):
-            await beat(client, job, NO_HEARTBEAT)
-        assert (await beat(client, job, NO_HEARTBEAT)).state == "active"  # adopted
-        assert (await beat(client, job, NO_HEARTBEAT)).lease_extended
-    assert [record.status for record in emulator.requests if record.operation == "work.heartbeat"] == [
-        200,
-        200,
-        412,
-        200,
-    ]
+        yield lease, lambda: beat(client, job, NO_HEARTBEAT)
+
+
+@pytest.mark.parametrize("status", [None, 500, 503])
+async def test_a_beat_that_may_have_been_recorded_is_adopted_while_the_lease_lives(
+    emulator: Emulator, proxy: Proxy, session_id: str, status: int | None
+) -> None:
+    async with claimed(emulator, proxy) as (lease, next_beat):
+        _ = proxy.lose("beat") if status is None else proxy.spoil("beat", status)
+        with pytest.raises(anthropic.APIError):
+            await next_beat()
+        assert (await next_beat()).state == "active"
+        assert (await next_beat()).lease_extended
+    beats = [record.status for record in emulator.requests if record.operation == "work.heartbeat"]
+    assert beats == [200, 200, 412, 200]
     assert not lease.lost.is_set()
-
-
-async def never() -> bool:
-    return False
 
 
 @pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
@@ -232,18 +222,17 @@ async def test_a_412_without_a_doubt_is_a_lost_lease(
 
 
 @pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
-@pytest.mark.parametrize("lease_ttl", [2.0])
 async def test_a_lost_beat_is_not_adopted_when_the_item_was_queued_again(
-    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+    emulator: Emulator, proxy: Proxy, session_id: str
 ) -> None:
-    runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="30")
-    running = runner.start()
-    await proxy.wait_count("beat", 2)
-    lost = proxy.lose("beat")
-    await lost.reached.wait()
-    emulator.advance(5)
-    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
-    assert operations(emulator, "work.stop") == []
+    async with claimed(emulator, proxy) as (lease, next_beat):
+        proxy.lose("beat")
+        with pytest.raises(anthropic.APIError):
+            await next_beat()
+        emulator.advance(400)
+        with pytest.raises(anthropic.APIStatusError):
+            await next_beat()
+        assert lease.lost.is_set()
 
 
 @pytest.mark.parametrize("lease_ttl", [2.0])
@@ -254,7 +243,7 @@ async def test_a_lease_without_an_answer_for_its_whole_time_is_lost(
     runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="30")
     proxy.hold("beat").released.set()  # the claim passes
     proxy.drop("beat", times=1000)
-    assert await asyncio.wait_for(runner.run(), 10) == (EXIT_LEASE_LOST, "the lease was lost")
+    assert await runner.run() == (EXIT_LEASE_LOST, "the lease was lost")
     assert operations(emulator, "work.stop") == []
 
 

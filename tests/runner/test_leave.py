@@ -179,7 +179,7 @@ async def test_a_control_plane_that_hangs_does_not_keep_the_runner(
 
 
 @pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
-@pytest.mark.parametrize("lease_ttl", [2.0])
+@pytest.mark.usefixtures("quick_beats")
 async def test_a_lost_lease_ends_the_call_and_drops_its_answer(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
@@ -187,7 +187,7 @@ async def test_a_lost_lease_ends_the_call_and_drops_its_answer(
     runner = await in_process(emulator, proxy.url, tmp_path)
     running = runner.start()
     await wait_file(tmp_path / "workspace" / "begun")
-    emulator.advance(5)
+    emulator.advance(400)
     assert await running == (EXIT_LEASE_LOST, "the lease was lost")
     assert runner.kills > 0
     assert proxy.count("send") == 0
@@ -341,7 +341,7 @@ async def test_an_item_that_was_stopped_by_force_needs_no_stop(
     assert operations(emulator, "work.stop") == []
 
 
-@pytest.mark.parametrize("lease_ttl", [2.0])
+@pytest.mark.usefixtures("quick_beats")
 @pytest.mark.parametrize(
     ("force", "switches"),
     [(False, Switches()), *((True, Switches(heartbeat_on_queued=status)) for status in (412, 404, 409))],
@@ -372,7 +372,7 @@ async def test_what_is_queued_while_a_runner_obeys_a_stop_is_not_stopped(
     assert texts(emulator, session_id)[-1] == "and on"
 
 
-@pytest.mark.parametrize("lease_ttl", [2.0])
+@pytest.mark.usefixtures("quick_beats")
 async def test_what_another_runner_has_claimed_meanwhile_is_not_stopped_and_gets_no_answer(
     emulator: Emulator, session_id: str, tmp_path: Path
 ) -> None:

@@ -238,7 +238,7 @@ async def test_a_stream_that_is_refused_at_once_is_a_failure_and_no_endless_loop
     assert "could not be set up" in results(emulator, session_id)[0]
 
 
-@pytest.mark.parametrize("lease_ttl", [2.0])
+@pytest.mark.usefixtures("quick_beats")
 async def test_a_graceful_stop_by_an_operator(emulator: Emulator, session_id: str, tmp_path: Path) -> None:
     emulator.say(session_id, "![ -e begun ] || { echo 1 > begun; sleep 300; }")
     runner = await in_process(emulator, emulator.url, tmp_path)
