@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
 import logging
 import os
 import random
@@ -91,6 +93,7 @@ def play(
     schedule: Schedule, *, breakage: Callable[[], contextlib.AbstractContextManager[None]] | None = None
 ) -> Outcome:
     """Plays it. `breakage` makes a broken build of the product for as long as it lasts."""
+    _keep_what_is_loaded()
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     loop = VirtualLoop()
     state = random.getstate()
@@ -103,6 +106,13 @@ def play(
         random.setstate(state)
         loop.close()
         shutil.rmtree(root, ignore_errors=True)
+
+
+@functools.cache
+def _keep_what_is_loaded() -> None:
+    """Once: what is loaded by now stays, and is not searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager
@@ -121,6 +131,7 @@ def _determined(seed: int) -> Iterator[None]:
         patches.enter_context(mock.patch.object(secrets, "token_hex", lambda size=16: luck.randbytes(size).hex()))
         patches.enter_context(mock.patch.object(AsyncIOBackend, "run_sync_in_worker_thread", threads))
         patches.enter_context(mock.patch.object(os, "fdatasync", return_value=None))  # no power is cut here
+        patches.enter_context(mock.patch.object(gc, "freeze"))  # a runner keeps for ever what its process has; this is ours
         sdk = logging.getLogger("anthropic")
         level = sdk.level
         sdk.setLevel(logging.CRITICAL)  # it says in words what the product has to cope with
