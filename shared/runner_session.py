@@ -61,7 +61,6 @@ class Session:
         leave_seconds: float = LEAVE_SECONDS,
         look_back_seconds: float = LOOK_BACK_SECONDS,
         settle_calls_seconds: float = SETTLE_CALLS_SECONDS,
-        journal_directory: Path | None = None,
     ) -> None:
         self._job = job
         self._lock = lock
@@ -81,7 +80,7 @@ class Session:
         self._api = open_api(job)
         self._lease = Lease(on_beat=lambda beat: lock.say(self._phase, beat))
         self._log = EventLog()
-        self._journal = Journal(journal_directory or workdir / DIRECTORY)
+        self._journal = Journal(workdir / DIRECTORY)
         self._guard = Guard(
             self._lease, leaving, emit, kill, log=self._log, journal=self._journal, mark=mark, named=job.tool_names
         )

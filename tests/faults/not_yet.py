@@ -14,5 +14,6 @@ NOT_YET: dict[str, str] = {
     " log, where every entry is the agent's to read. docs/lost-sessions.md says so under what is not promised.",
     "forced": "An operator stops an item by force, and its runner learns of it with its next heartbeat, within 30 s."
     " Where the session is queued again meanwhile and the provider no longer lists the sandbox, a second runner serves"
-    " in another one, and the first may begin a call beside it. Only a heartbeat before each call could tell it.",
+    " in another one, and the first works on beside it. A heartbeat before each call would cost a request each and not"
+    " end it: a call that runs when the item is stopped runs on until the next one.",
 }
