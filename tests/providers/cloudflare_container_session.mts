@@ -10,16 +10,23 @@ import { join } from "node:path";
 import { mock, test } from "node:test";
 import { pathToFileURL } from "node:url";
 
-const BASE = "export class DurableObject { constructor(ctx, env) { this.ctx = ctx; this.env = env; } }";
+const BASE = "export class DurableObject { constructor(ctx, env) { Object.assign(this, { ctx, env }); } };\nexport { DurableObject as WorkerEntrypoint };";
 registerHooks({
   resolve: (name, context, next) =>
     name === "cloudflare:workers"
       ? { url: `data:text/javascript,${encodeURIComponent(BASE)}`, shortCircuit: true }
       : next(name, context),
+  // Node's loader wants to be told that a JSON module is one; a Worker's bundler does not.
+  load: (url, context, next) =>
+    next(url, url.endsWith(".json") ? { ...context, importAttributes: { type: "json" } } : context),
 });
-const { SessionObject } = await import(pathToFileURL(join(process.cwd(), "src/session_object.ts")).href);
+const ours = (file: string) => import(pathToFileURL(join(process.cwd(), "src", file)).href);
+const { SessionObject } = await ours("session_object.ts");
+const { rulesFor } = await ours("egress.ts");
+const { readAll } = await ours("settings.ts");
 
 const SESSION = "sesn_1";
+const NEEDED = { ANTHROPIC_ENVIRONMENT_ID: "env_1", ANTHROPIC_ENVIRONMENT_KEY: "key" };
 
 let now = 0;
 mock.timers.enable({ apis: ["Date"] });
@@ -39,12 +46,17 @@ class World {
   isFresh = true;
   isSilent = false;
   restoreSeconds = 0;
+  baseUrl = "https://api.anthropic.com";
   onSave: () => void = () => undefined;
   keepWarmSeconds = 60;
   /** What a save is answered with. */
   saveStatus = 200;
+  allowedHosts: string[] = [];
+  /** What the platform was told of the network, since it was asked last. */
+  told: unknown[] = [];
   readonly stored = new Map<string, unknown>();
-  readonly object: any;
+  object: any;
+  readonly #platform: [unknown, unknown];
   #ended: () => void = () => undefined;
 
   constructor() {
@@ -53,14 +65,18 @@ class World {
       get running() {
         return world.isRunning;
       },
-      start: () => {
+      start: ({ enableInternet }: { enableInternet: boolean }) => {
         this.boots += 1;
+        this.told.push({ enableInternet });
         Object.assign(this, { isRunning: true, isFresh: true, runners: 0 });
       },
       monitor: () =>
         new Promise<void>((resolve) => {
           this.#ended = resolve;
         }),
+      interceptAllOutboundHttp: async (rules: unknown) => this.told.push(["http", rules]),
+      interceptOutboundHttps: async (host: string, rules: unknown) => this.told.push(["https", host, rules]),
+      interceptOutboundHttp: async (host: string, rules: unknown) => this.told.push(["http", host, rules]),
       destroy: async () => {
         this.isRunning = false;
         this.#ended();
@@ -79,7 +95,18 @@ class World {
     };
     const bucket = { get: async () => null };
     const env = { DISPATCHER: { getByName: () => ({ ended: async () => undefined }) }, WORKSPACES: bucket };
-    this.object = new SessionObject({ container, storage, waitUntil: () => undefined }, env);
+    const exports = { Egress: ({ props }: { props: { hosts: string[] } }) => props.hosts };
+    this.#platform = [{ container, storage, exports, waitUntil: () => undefined }, env];
+    this.forget();
+  }
+
+  /** The object is taken out of memory; the container goes on. */
+  forget(): void {
+    this.object = new SessionObject(...this.#platform);
+  }
+
+  since(): unknown[] {
+    return this.told.splice(0);
   }
 
   #answer(url: URL, method: string | undefined): Response {
@@ -103,7 +130,8 @@ class World {
 
   start(): Promise<{ outcome: string; reason: string }> {
     const { keepWarmSeconds } = this;
-    const options = { keepWarmSeconds, maxFilesBytes: 1 << 20, retentionSeconds: 86_400 };
+    const egress = rulesFor(SESSION, this.allowedHosts, this.baseUrl);
+    const options = { keepWarmSeconds, maxFilesBytes: 1 << 20, retentionSeconds: 86_400, egress };
     return this.object.start(SESSION, "{}", new Map(), options);
   }
 
@@ -190,3 +218,42 @@ for (const [status, attempts] of [
     assert.deepEqual([world.saves, world.isRunning], [attempts, false]);
   });
 }
+
+test("without allowed hosts the network is open, and nobody asks about it", async () => {
+  const world = new World();
+  await world.start();
+  assert.deepEqual(world.since(), [{ enableInternet: true }]);
+});
+
+test("with allowed hosts a container is held to them before it starts, and again when the object was forgotten", async () => {
+  const world = new World();
+  Object.assign(world, { allowedHosts: ["Example.com"], baseUrl: "https://api.example:8443", keepWarmSeconds: 3600 });
+  await world.start();
+  const hosts = ["example.com", "api.example"];
+  const held = [
+    ["http", hosts],
+    ["https", "*", hosts],
+    ["https", "api.example:8443", hosts],
+  ];
+  assert.deepEqual(world.since(), [...held, { enableInternet: false }]);
+  world.forget();
+  world.allowedHosts = ["other.example"]; // for containers that start later
+  await world.start();
+  assert.deepEqual([world.since(), world.boots], [held, 1]);
+});
+
+for (const [value, problem] of [
+  ["https://example.com", /SANDBOX_ALLOWED_HOSTS is unusable: expected host names/],
+  ["example.com:443", /expected host names/],
+  ["*", /expected host names/],
+  ["exa*mple.com", /expected host names/],
+] as const) {
+  test(`${value} is no allowed host`, () => {
+    assert.throws(() => readAll({ ...NEEDED, SANDBOX_ALLOWED_HOSTS: value }), { message: problem });
+  });
+}
+
+test("names and names with a star in front are allowed hosts", () => {
+  const settings = readAll({ ...NEEDED, SANDBOX_ALLOWED_HOSTS: "Example.com, *.b-c.example ,1.2.3.4" });
+  assert.deepEqual(settings.allowedHosts, ["Example.com", "*.b-c.example", "1.2.3.4"]);
+});

@@ -7,7 +7,9 @@ One `wrangler dev`, one image and one emulator serve all journeys of a test proc
 from __future__ import annotations
 
 import contextlib
+import http.server
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -69,7 +71,7 @@ def dev(folder: Path, shared_emulator: Emulator, tmp_path_factory: pytest.TempPa
     copy = altered_copy(folder, directory, "container/Dockerfile", "EXPOSE", f"COPY my_tools.py {TOOLS}\nEXPOSE")
     (copy / "container/my_tools.py").write_text(CUSTOM_TOOLS, encoding="utf-8")
     settings = {"SANDBOX_KEEP_WARM_SECONDS": "600", "FILES_MAX_MB": "8", "SANDBOX_TOOLS": f"{TOOLS}:tools"}
-    settings["SANDBOX_STAGE_FILES"] = "true"
+    settings |= {"SANDBOX_STAGE_FILES": "true", "SANDBOX_ALLOWED_HOSTS": "localhost, *.example.com"}
     with running(copy, directory, shared_emulator, **settings) as dev:
         yield dev
 
@@ -363,6 +365,71 @@ def test_the_agent_finds_no_credential_and_cannot_speak_for_the_durable_object(t
     for word in ("sk-ant-", emulator.environment_key, "ANTHROPIC_"):
         assert word not in answer
         assert word not in outside
+
+
+ASK = """
+import http.client, ssl, sys
+scheme, *hosts = sys.argv[1:]
+if scheme == "http":
+    connection = http.client.HTTPConnection("192.0.2.1", timeout=60)
+else:
+    connection = http.client.HTTPConnection("192.0.2.1", 443, timeout=60)
+    connection.connect()
+    name = hosts[0].partition(":")[0]
+    connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=name)
+for host in hosts:  # on one connection
+    connection.request("GET", "/v1/x", headers={"Host": host})
+    answer = connection.getresponse()
+    print(answer.status, answer.read().decode().splitlines()[0])
+"""
+
+
+class _Elsewhere(http.server.BaseHTTPRequestHandler):
+    """What an agent may reach. It says that it is found, and then that it is somewhere else."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        self.send_response(200 if self.asked == 1 else 302)
+        self.send_header("location", self.path)
+        self.send_header("content-length", "5")
+        self.end_headers()
+        self.wfile.write(b"found")
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+def test_a_sandbox_reaches_the_allowed_hosts_and_the_api_and_nothing_else(
+    emulator: Emulator, talk: Talk, dev: ContainersDev
+) -> None:
+    """No name is resolved in there: the address stands for any, and the platform goes by the name that is asked for."""
+    api = emulator.url.removeprefix("http://")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        allowed, denied = f"localhost:{server.server_port}", f"127.0.0.1:{server.server_port}"
+        try:
+            answer = talk.ask(
+                f"cat > ask.py <<'END'\n{ASK}\nEND\n"
+                f"ask() {{ python3 ask.py $@ || echo $1 failed; }}; ask http {allowed} {denied} {allowed} {api};"
+                " ask http example.com notexample.com; ask https evil.example; ask https sub.example.com:1"
+            )
+        finally:
+            server.shutdown()
+    refused = "{} is not in SANDBOX_ALLOWED_HOSTS"
+    found, another_host, moved, of_the_api, *others = answer.splitlines()
+    assert (found, another_host) == ("200 found", f"403 {refused.format('127.0.0.1')}")
+    assert moved == "302 found", "it was followed for the container, to wherever"
+    assert of_the_api.startswith("404 ")
+    assert others == [
+        f"403 {refused.format('example.com')}",
+        f"403 {refused.format('notexample.com')}",
+        f"403 {refused.format('evil.example')}",
+        "502 sub.example.com could not be reached",
+    ]
+    assert _Elsewhere.asked == 2
+    assert "evil.example is not in" in dev.until_logged(f"action=egress_refused session={talk.session} .*evil.*")
 
 
 def test_strangers_get_nothing(emulator: Emulator, dev: ContainersDev) -> None:

@@ -31,7 +31,7 @@ def make(directory: Path) -> Any:
     """A sandbox that has no files yet."""
     for name in ("workspace", "state"):
         (directory / name).mkdir(parents=True)
-    return container.Sandbox(directory / "workspace", directory / "state")
+    return container.Sandbox(directory / "workspace", directory / "state", os.environ)
 
 
 def workspace(sandbox: Any) -> Path:
@@ -225,6 +225,26 @@ def test_a_runner_is_over_even_where_another_thread_collected_the_orphan(
     assert list(iter(lambda: output.get(timeout=60), None)) == [b'{"event": "ended", "code": 0}\n']
     assert sandbox.state()["runners"] == 0
     assert not died
+
+
+def test_a_runner_trusts_the_platform_where_it_looks_into_its_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, platforms, state = tmp_path / "usual.crt", tmp_path / "platform.crt", tmp_path / "state"
+    state.mkdir()
+    usual.write_text("usual\n")
+    look = ["sh", "-c", 'cat "$SSL_CERT_FILE"; echo $NODE_EXTRA_CA_CERTS']
+    sandbox = container.Sandbox(tmp_path, state, {"SSL_CERT_FILE": str(usual)}, look, platforms)
+    monkeypatch.setattr(container.runner_process, "descendants", lambda _: [])
+    restore(sandbox, b"")
+
+    def said() -> list[bytes]:
+        output = sandbox.start({}, b"{}")
+        return [line.strip() for line in iter(lambda: output.get(timeout=60), None)][:-1]
+
+    assert said() == [b"usual", b""]
+    platforms.write_text("the platform's\n")  # it comes with the container, or later
+    assert said() == [b"usual", b"the platform's", str(state / "trusted.crt").encode()]
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])

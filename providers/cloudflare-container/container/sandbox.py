@@ -15,13 +15,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 from _shared import runner_process
 
 RUNNER = [sys.executable, "-I", str(Path(__file__).with_name("_shared") / "sandbox_runner.py")]
+PLATFORM_CA = Path(
+    "/etc/cloudflare/certs/cloudflare-containers-ca.crt"
+)  # who looks into TLS with SANDBOX_ALLOWED_HOSTS
+SYSTEM_CAS = Path("/etc/ssl/certs/ca-certificates.crt")
+# By these OpenSSL (Python, git), requests, pip, curl, Node and the AWS SDKs are told whom to trust.
+CA_VARIABLES = (
+    *("SSL_CERT_FILE", "GIT_SSL_CAINFO", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE"),
+    *("NODE_EXTRA_CA_CERTS", "AWS_CA_BUNDLE"),
+)
 GRACE_SECONDS = 30.0  # for a runner to hand over once it is told to; it takes up to 20 s
 LINGER_SECONDS = 120.0  # after that, for the files to be saved
 ARCHIVE_SECONDS = 300.0
@@ -46,10 +55,19 @@ class Refused(Exception):
 class Sandbox:
     """The container's runners and its files."""
 
-    def __init__(self, workdir: Path, spool: Path, runner: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        spool: Path,
+        environ: Mapping[str, str],
+        runner: list[str] | None = None,
+        platform_ca: Path = PLATFORM_CA,
+    ) -> None:
         self._workdir = workdir
         self._spool = spool
         self._runner = runner or RUNNER
+        self._environ = environ
+        self._platform_ca = platform_ca
         self._changed = threading.Condition()
         self._was_filled = False  # or is being: two archivers in one directory would leave a mix
         self._fresh = True
@@ -75,6 +93,7 @@ class Sandbox:
             process = subprocess.Popen(
                 self._runner,
                 cwd=self._workdir,
+                env={**self._environ, **self._trust()},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -222,6 +241,19 @@ class Sandbox:
                 if pid not in self._runners:  # of those, their own threads know
                     with contextlib.suppress(ChildProcessError):  # another runner's thread was faster
                         os.waitpid(pid, os.WNOHANG)
+
+    def _trust(self) -> dict[str, str]:
+        """Has the runner, and what the agent runs, trust the platform where it looks into their TLS connections."""
+        if not self._platform_ca.is_file():
+            return {}
+        _open_to_us(self._spool)
+        bundle = self._spool / "trusted.crt"
+        usual = Path(self._environ.get("SSL_CERT_FILE", SYSTEM_CAS))
+        known = usual.read_bytes() if usual.is_file() else b""
+        fresh = self._spool / f"trusted.{os.urandom(8).hex()}"
+        fresh.write_bytes(known.rstrip() + b"\n" + self._platform_ca.read_bytes())
+        fresh.replace(bundle)
+        return dict.fromkeys(CA_VARIABLES, str(bundle))
 
     def _spool_file(self) -> IO[bytes]:
         """A file without a name."""

@@ -153,7 +153,8 @@ def main() -> None:
     # No setuid program helps anybody here.
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS) failed")
-    Handler.sandbox = Sandbox(Path(os.environ["SANDBOX_WORKDIR"]), Path(os.environ["SANDBOX_STATE_DIR"]))
+    environ = dict(os.environ)
+    Handler.sandbox = Sandbox(Path(environ["SANDBOX_WORKDIR"]), Path(environ["SANDBOX_STATE_DIR"]), environ)
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())

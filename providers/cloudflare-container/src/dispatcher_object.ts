@@ -9,6 +9,7 @@ import { LaunchFailed } from "../_shared/errors.ts";
 import type { Job } from "../_shared/jobs.ts";
 import { asLaunchFailed, LiveTable } from "../_shared/objects.ts";
 import { stage } from "../_shared/staging.ts";
+import { rulesFor } from "./egress.ts";
 import { toStdin } from "./runner_log.ts";
 import type { SessionObject } from "./session_object.ts";
 import { type FolderSettings, readAll } from "./settings.ts";
@@ -73,8 +74,9 @@ export class ContainerProvider implements Provider {
   }
 
   async launch(job: Job, files: LaunchFiles): Promise<{ sandbox: string; outcome: "ready" | "served_already" }> {
-    const { keepWarmSeconds, maxFilesBytes, retentionSeconds } = this.#settings;
-    const options = { keepWarmSeconds, maxFilesBytes, retentionSeconds };
+    const { keepWarmSeconds, maxFilesBytes, retentionSeconds, allowedHosts } = this.#settings;
+    const egress = rulesFor(job.sessionId, allowedHosts, job.baseUrl);
+    const options = { keepWarmSeconds, maxFilesBytes, retentionSeconds, egress };
     const stdin = toStdin(job, this.#settings);
     const { outcome, reason, retriable } = await asLaunchFailed(() =>
       this.#sessions.getByName(job.sessionId).start(job.sessionId, stdin, files, options),

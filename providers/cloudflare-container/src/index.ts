@@ -8,6 +8,7 @@ import { DISPATCHER_NAME } from "./session_object.ts";
 import { readAll } from "./settings.ts";
 
 export { DispatcherObject } from "./dispatcher_object.ts";
+export { Egress } from "./egress.ts";
 export { SessionObject } from "./session_object.ts";
 
 export default {

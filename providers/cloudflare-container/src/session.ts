@@ -1,12 +1,15 @@
 /** What a session's object is told, what it answers, and what it remembers. */
 
 import type { LaunchFiles } from "../_shared/dispatcher.ts";
+import type { EgressRules } from "./egress.ts";
 
 /** What a start needs to know of the settings. */
 export interface Options {
   readonly keepWarmSeconds: number;
   readonly maxFilesBytes: number;
   readonly retentionSeconds: number;
+  /** Of a container that is started now. */
+  readonly egress: EgressRules | undefined;
 }
 
 /** What a start is asked to do. */
@@ -33,6 +36,8 @@ export interface Session {
   phase: "asleep" | "awake";
   /** Of the container there is. */
   key: string;
+  /** What that one is held to. */
+  egress: EgressRules | undefined;
   /** Since when it is in this phase, and, awake, without a runner; in milliseconds. */
   idleSince: number | undefined;
   /** The last hand-out came to nothing, or is being started: the container waits for the next one, however short it is kept warm. */
@@ -45,7 +50,7 @@ export interface Session {
 
 /** Of a session that nobody has spoken to yet. */
 export function newSession(id: string): Session {
-  const options = { keepWarmSeconds: 0, maxFilesBytes: 0, retentionSeconds: 0 };
+  const options = { keepWarmSeconds: 0, maxFilesBytes: 0, retentionSeconds: 0, egress: undefined };
   const nothing = { idleSince: undefined, silentSince: undefined, held: false, unsaved: false, failedSaves: 0 };
-  return { id, options, phase: "asleep", key: "", ...nothing };
+  return { id, options, phase: "asleep", key: "", egress: undefined, ...nothing };
 }

@@ -12,6 +12,7 @@ import { type LaunchFiles, RECLAIM_MS } from "../_shared/dispatcher.ts";
 import { LaunchFailed } from "../_shared/errors.ts";
 import { errorName, log, runnerLog } from "../_shared/log.ts";
 import type { DispatcherObject } from "./dispatcher_object.ts";
+import { hold } from "./egress.ts";
 import { linesOf, readReady, sayIn } from "./runner_log.ts";
 import { exitCode, Sandbox, SandboxRefused, type SandboxState } from "./sandbox.ts";
 import { type Launch, newSession, type Options, type Session, type Started } from "./session.ts";
@@ -110,7 +111,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
   /** The session's sandbox with its files in it. Throws `LaunchFailed` and `SandboxRefused`. */
   async #awake(session: Session): Promise<Sandbox> {
     if (this.#container.running) {
-      this.#watch();
+      await this.#adopt(session);
       const sandbox = new Sandbox(this.#container, session.key);
       const state = await sandbox.state();
       if (state === undefined) throw new LaunchFailed("the session's container does not answer", { retriable: true });
@@ -127,14 +128,16 @@ export class SessionObject extends DurableObject<SessionEnv> {
   }
 
   async #boot(session: Session): Promise<Sandbox> {
-    Object.assign(session, { phase: "awake", key: crypto.randomUUID(), held: true, unsaved: false });
+    const { egress } = session.options;
+    Object.assign(session, { phase: "awake", key: crypto.randomUUID(), egress, held: true, unsaved: false });
     session.idleSince = session.silentSince = undefined; // it is idle from when it is seen to be, however long it takes
     this.#store(session);
     await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
     await this.ctx.storage.sync(); // a container whose key was forgotten would answer nobody
     this.#exit = undefined;
     const sandbox = new Sandbox(this.#container, session.key);
-    this.#container.start({ enableInternet: true });
+    await this.#holdTo(session); // before there is anything to be held
+    this.#container.start({ enableInternet: egress === undefined });
     this.#watch();
     await sandbox.answers(() => this.#exit);
     return await this.#filled(session, sandbox);
@@ -158,7 +161,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
     if (session === undefined) return await this.ctx.storage.deleteAll();
     if (session.phase === "asleep") return await this.#forget(session);
     if (!this.#container.running) return await this.#lost(session);
-    this.#watch();
+    await this.#adopt(session);
     const sandbox = new Sandbox(this.#container, session.key);
     const state = await sandbox.state();
     if (state === undefined) return await this.#bear(session);
@@ -257,9 +260,19 @@ export class SessionObject extends DurableObject<SessionEnv> {
     log.info("deleted", { session: session.id });
   }
 
+  async #holdTo({ egress }: Session): Promise<void> {
+    if (egress !== undefined) await hold(this.#container, this.ctx.exports.Egress({ props: egress }), egress);
+  }
+
+  /** Takes over a container that runs, after a loss of memory: the platform's part of it too. */
+  async #adopt(session: Session): Promise<void> {
+    if (this.#isWatched) return;
+    await this.#holdTo(session);
+    this.#watch();
+  }
+
   /** Hears of the container's end, which also keeps this object in memory until then. */
   #watch(): void {
-    if (this.#isWatched) return;
     this.#isWatched = true;
     const watching = this.#container.monitor().then(
       () => "0",

@@ -9,6 +9,8 @@ export interface FolderSettings extends Settings {
   /** Empty: none. */
   readonly tools: string;
   readonly toolNames: readonly string[];
+  /** Empty: any. */
+  readonly allowedHosts: readonly string[];
   readonly keepWarmSeconds: number;
   readonly maxFilesBytes: number;
 }
@@ -22,6 +24,7 @@ export function readAll(env: Env): FolderSettings {
     ...shared,
     tools: own.text("SANDBOX_TOOLS"),
     toolNames: own.names("SANDBOX_TOOL_NAMES"),
+    allowedHosts: own.names("SANDBOX_ALLOWED_HOSTS"),
     keepWarmSeconds: own.number("SANDBOX_KEEP_WARM_SECONDS"),
     maxFilesBytes: own.number("FILES_MAX_MB") * MIB,
   };

@@ -39,6 +39,10 @@ const PROBLEMS: Record<string, (value: string) => string | undefined> = {
     splitNames(value).every((name) => /^[\w.-]{1,128}$/.test(name))
       ? undefined
       : "expected names with commas between them",
+  hosts: (value) =>
+    splitNames(value).every((name) => /^(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*$/i.test(name))
+      ? undefined
+      : "expected host names with commas between them, without scheme, port or path; *.example.com for all below one",
   url: (value) => (isUrl(value) ? undefined : "expected a URL that starts with https:// or http://"),
 };
 
