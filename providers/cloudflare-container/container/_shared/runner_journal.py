@@ -4,9 +4,9 @@ It holds the event ids of the last calls that were begun, nothing else. Which of
 event log knows, so an entry is never crossed out, and a journal restored from an old copy names calls that are
 answered long since. Calls run one at a time: of the entries only the last can be open, or one whose answer was refused.
 
-It lies on the session's storage (`.sandbox` in the working directory), beside files that the agent may change, remove or
-replace. So it is opened anew for each entry, never through a link, is one block of fixed size that is written over in
-place (a full disk has room for it once it is there), and is believed only where it names open calls of this session.
+It lies on the session's storage (`.sandbox` in the working directory), beside files that the agent may change, remove
+or replace. So it is opened anew for each entry, never through a link, is one block of fixed size that is written over
+in place (a full disk has room for it once it is there), and is believed only where it names open calls of this session.
 Without it a call may run again, as it may with a disk that is lost.
 """
 
