@@ -1,7 +1,7 @@
 """The real runner, `shared.sandbox_runner`, as a process of the virtual loop, and the tool that its agent calls.
 
-What is replaced is what a process would have to itself: its output, its directories, its child processes, its garbage,
-its wire and how long it takes to boot. Everything from reading the job to the exit code is the product's.
+What is replaced is what a process would have to itself: its output, its directories, its child processes, its wire and
+how long it takes to boot. Everything from reading the job to the exit code is the product's.
 """
 
 from __future__ import annotations
@@ -146,7 +146,6 @@ class Runners:
             (sandbox_runner, "emit", self.emit),
             (sandbox_runner, "workdir", self.workdir),
             (sandbox_runner, "_SIGNAL_SECONDS", LOAD_SECONDS),
-            (sandbox_runner, "gc", mock.Mock(spec_set=("disable", "freeze", "enable"))),
             (runner_process, "terminate", self.terminate),
             (runner_process, "kill_tree", self.kill_tree),
             (runner_process, "kill_descendants", lambda root=None: 0),
