@@ -45,7 +45,7 @@ from _shared.session_store import SessionStore
 from _shared.settings import Settings, load
 from firewall import Firewall
 from store import UpstashSessionStore, lease, open_store
-from vercel_errors import ERRORS, but_for, mapped
+from vercel_errors import ERRORS, STOPPING, but_for, mapped
 from vercel_settings import VercelSettings
 
 _log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ PREFIX = "cma-"
 PAUSE_SECONDS = 0.3  # before it asks again whether another instance has made a sandbox
 LOOK_SECONDS = 50.0  # between two looks for unused sandboxes: a call for each that runs, once in a sweep
 CALLS_AT_ONCE = 10
+STOP_SECONDS = 30.0  # how long a launch waits for a stop of ours, whose snapshot takes a while; the next attempt goes on
+STOP_POLL_SECONDS = 0.5
 TAIL_SECONDS = 3.0  # the log of a running process has no end
 HAND_OVER_SECONDS = 150.0  # before the plan's limit: twice the time that a runner needs to leave
 FAILURES_SECONDS = 600.0
@@ -64,6 +66,7 @@ _KILL_SECONDS = 5.0
 _SETPRIV = "/usr/bin/setpriv"
 _AS_AGENT = ["--reuid", image.AGENT, "--regid", image.AGENT, "--init-groups", "--no-new-privs", "--"]
 _RUNNING = frozenset({SandboxStatus.PENDING, SandboxStatus.RUNNING})
+_STOPPING = frozenset({SandboxStatus.STOPPING, SandboxStatus.SNAPSHOTTING})
 
 
 def open_provider(environ: Mapping[str, str], settings: Settings, store: SessionStore | None = None) -> VercelProvider:
@@ -237,7 +240,7 @@ class VercelProvider:
             return sandbox
         if _left(sandbox) < min(HAND_OVER_SECONDS, self._hold_seconds):
             await self._hand_over(sandbox)
-            await sandbox.stop()
+            await _stop(sandbox)
             sandbox = await self._client.resume_sandbox(name=sandbox.name)
         return sandbox
 
@@ -402,6 +405,18 @@ class VercelSandbox:
 async def _kill(process: Process) -> None:
     with anyio.CancelScope(shield=True), anyio.move_on_after(_KILL_SECONDS), contextlib.suppress(*ERRORS):
         await process.kill()
+
+
+async def _stop(sandbox: Sandbox) -> None:
+    """Stops it and waits until it has stopped: nothing can resume it before. Raises `LaunchFailed`."""
+    deadline = time.monotonic() + STOP_SECONDS
+    await sandbox.stop()
+    session = sandbox.current_session
+    while session is not None and session.status in _STOPPING:
+        if time.monotonic() > deadline:
+            raise LaunchFailed(f"Vercel {STOPPING}", retriable=True)
+        await asyncio.sleep(STOP_POLL_SECONDS)
+        await session.refresh()
 
 
 async def install(sandbox: Sandbox, wanted: image.Image) -> None:

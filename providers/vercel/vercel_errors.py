@@ -48,15 +48,18 @@ _MEANINGS: dict[type[Exception], tuple[str, bool]] = {
     httpx2.TransportError: ("Vercel cannot be reached", True),
 }
 ERRORS: tuple[type[Exception], ...] = (SandboxApiError, *_MEANINGS)
+# With a 422, like a request that is wrong for good; and over within seconds.
+STOPPING = "is just stopping the sandbox"
+_STOPPING = frozenset({"sandbox_stopping", "sandbox_snapshotting"})
 
 
 @contextlib.contextmanager
 def but_for(*statuses: int) -> Iterator[None]:
-    """Lets these answers of Vercel's pass in silence."""
+    """Lets these answers of Vercel's pass in silence, but none that says that the sandbox is just stopping."""
     try:
         yield
     except SandboxApiError as error:
-        if error.status_code not in statuses:
+        if error.status_code not in statuses or error.code in _STOPPING:
             raise
 
 
@@ -66,8 +69,13 @@ def mapped() -> Iterator[None]:
     try:
         yield
     except SandboxApiError as error:
-        meaning = ("has trouble", True) if error.status_code >= 500 else _STATUSES.get(error.status_code)
-        if meaning is None:
+        if error.code in _STOPPING:
+            meaning = STOPPING, True
+        elif error.status_code >= 500:
+            meaning = "has trouble", True
+        elif error.status_code in _STATUSES:
+            meaning = _STATUSES[error.status_code]
+        else:
             raise
         raise LaunchFailed(f"Vercel {meaning[0]} ({error.status_code})", retriable=meaning[1]) from error
     except tuple(_MEANINGS) as error:

@@ -96,9 +96,11 @@ class TestAcquire:
         await provider.acquire(SESSION)
         assert 400 <= session.left_ms / 1000 < 403
 
+    @pytest.mark.parametrize("stop_seconds", [0.0, 1.0])
     async def test_one_at_the_plans_limit_hands_over_and_starts_anew_with_its_files(
-        self, world: World, fake: FakeVercel
+        self, world: World, fake: FakeVercel, stop_seconds: float
     ) -> None:
+        fake.stop_seconds = stop_seconds
         provider = world.host(options={"sandbox_seconds": 400.0}).provider
         await run(provider, SESSION, "touch", "/workspace/kept")
         sandbox = await provider.acquire(SESSION)
@@ -108,6 +110,40 @@ class TestAcquire:
         assert await run(provider, SESSION, "ls", "/workspace") == "kept\n"
         assert old.status == "stopped"
         assert fake.sandboxes[sandbox.id].current.left_ms / 1000 > 390
+
+    async def test_a_message_for_a_sandbox_that_is_stopping_is_served_as_soon_as_it_has_stopped(
+        self, world: World, fake: FakeVercel
+    ) -> None:
+        host = world.host()
+        session = world.emulator.create_session()
+        sandbox = await host.provider.acquire(session)
+        fake.stop_seconds = 1.0
+        await sandbox._sandbox.stop()
+        assert await host.ask(session, "!echo served") == "served"  # without another poll
+        assert fake.boots == 2
+
+    @pytest.mark.parametrize("code", ["sandbox_stopping", "sandbox_snapshotting"])
+    @pytest.mark.parametrize("operation", ["get", "extend", "exec"])
+    async def test_a_stop_that_comes_between_two_calls_is_no_refusal(
+        self, world: World, fake: FakeVercel, operation: str, code: str
+    ) -> None:
+        provider = world.host(options={"sandbox_seconds": 400.0}).provider
+        sandbox = await provider.acquire(SESSION)
+        fake.sandboxes[sandbox.id].current.started_at -= 100_000  # so that it is extended
+        fake.fail(operation, 422, code, times=2)  # the SDK tries twice
+        with pytest.raises(ERRORS.LaunchFailed, match="just stopping") as caught:
+            await provider.acquire(SESSION)
+        assert caught.value.retriable
+
+    async def test_a_stop_that_takes_very_long_is_left_to_the_next_attempt(
+        self, world: World, fake: FakeVercel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(SANDBOX, "STOP_SECONDS", 0.0)
+        sandbox = await world.host().provider.acquire(SESSION)
+        fake.stop_seconds = 60.0
+        with pytest.raises(ERRORS.LaunchFailed, match="just stopping") as caught:
+            await SANDBOX._stop(sandbox._sandbox)
+        assert caught.value.retriable
 
     async def test_what_is_allowed_on_the_network_is_the_api_and_the_setting(
         self, world: World, fake: FakeVercel

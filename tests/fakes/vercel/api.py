@@ -81,6 +81,8 @@ class FakeVercel:
         self.max_timeout_ms = max_timeout_ms
         self.delays: dict[str, float] = {}
         """Seconds before an operation answers, by its name."""
+        self.stop_seconds = 0.0
+        """How long a sandbox is stopping, and refuses everything with a 422, after its stop was asked for."""
         self._sessions: dict[str, Session] = {}
         self._faults: list[Fault] = []
         self._directory = directory
@@ -106,6 +108,7 @@ class FakeVercel:
         """Takes back the faults that nobody has met."""
         self._faults.clear()
         self.delays.clear()
+        self.stop_seconds = 0.0
 
     def count(self, operation: str) -> int:
         return sum(sent.operation == operation for sent in self.requests)
@@ -279,6 +282,7 @@ class FakeVercel:
         sandbox = self._named(request)
         resumed = request.query_params.get("resume") == "true" and sandbox.current.status != "running"
         if resumed:
+            _refuse_while_stopping(sandbox.current)
             if sandbox.snapshot_is_gone:
                 raise Refused(410, "snapshot_not_found")
             self._boot(sandbox)
@@ -324,6 +328,7 @@ class FakeVercel:
 
     def _live(self, request: Request) -> Session:
         session = self._known(request)
+        _refuse_while_stopping(session)
         if session.status != "running":
             raise Refused(410, "sandbox_stopped")
         return session
@@ -339,7 +344,11 @@ class FakeVercel:
 
     async def _stop(self, request: Request, body: dict[str, Any]) -> Response:
         session = self._known(request)
-        session.end()
+        if self.stop_seconds and session.status == "running":
+            session.status = "stopping"
+            asyncio.get_running_loop().call_later(self.stop_seconds, session.end)
+        elif session.status != "stopping":
+            session.end()
         return JSONResponse({"session": session.shown(), "sandbox": session.sandbox.shown()})
 
     async def _extend(self, request: Request, body: dict[str, Any]) -> Response:
@@ -450,7 +459,13 @@ async def _end_in_time(session: Session) -> None:
     """The execution time limit, which may be extended meanwhile."""
     while session.status == "running" and (left := session.left_ms) > 0:  # noqa: ASYNC110 - it may be extended
         await asyncio.sleep(min(left / 1000, 0.5))
-    session.end()
+    if session.status == "running":
+        session.end()
+
+
+def _refuse_while_stopping(session: Session) -> None:
+    if session.status == "stopping":
+        raise Refused(422, "sandbox_stopping")
 
 
 async def _output(command: Command) -> AsyncIterator[dict[str, Any]]:

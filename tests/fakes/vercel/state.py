@@ -124,7 +124,7 @@ class Session:
 
     def end(self) -> None:
         """Switches the machine off. The disk of a persistent sandbox becomes its current snapshot."""
-        if self.status != "running":
+        if self.status == "stopped":
             return
         self.status, self.stopped_at = "stopped", now_ms()
         self.sandbox.status_updated_at = now_ms()
