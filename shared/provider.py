@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from .errors import LaunchFailed
 from .runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_LOCK_HELD, EXIT_OK
@@ -90,6 +90,16 @@ class Provider(Protocol):
 
     async def release(self, sandbox_id: str) -> None:
         """Ends the sandbox and deletes its files. Idempotent: an unknown id is fine."""
+        ...
+
+
+@runtime_checkable
+class Tidies(Protocol):
+    """A provider that has work of its own in each sweep, such as to stop what the platform does not stop by itself."""
+
+    async def tidy(self) -> None:
+        """Called at a sweep's end, when nobody waits for it any more, and cancelled when it takes long: what is not
+        done then is the next sweep's."""
         ...
 
 

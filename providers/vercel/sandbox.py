@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
@@ -52,9 +53,8 @@ _log = logging.getLogger(__name__)
 
 PREFIX = "cma-"
 PAUSE_SECONDS = 0.3  # before it asks again whether another instance has made a sandbox
-LOOK_SECONDS = 50.0  # between two looks for unused sandboxes: a call for each that runs, once in a sweep
 CALLS_AT_ONCE = 10
-STOP_SECONDS = 30.0  # how long a launch waits for a stop of ours, whose snapshot takes a while; the next attempt goes on
+STOP_SECONDS = 30.0  # how long a launch waits for a stop of ours, with its snapshot; the next attempt goes on
 STOP_POLL_SECONDS = 0.5
 TAIL_SECONDS = 3.0  # the log of a running process has no end
 HAND_OVER_SECONDS = 150.0  # before the plan's limit: twice the time that a runner needs to leave
@@ -91,7 +91,6 @@ class VercelProvider:
         store: SessionStore | None = None,
         wanted: image.Image | None = None,
         program: str | None = None,
-        look_seconds: float = LOOK_SECONDS,
     ) -> None:
         self._client = client
         self._settings = settings
@@ -100,7 +99,6 @@ class VercelProvider:
         self._store = store
         self._image = wanted or image.load(Path(__file__).resolve().parent)
         self._program = program
-        self._look_seconds, self._look_at = look_seconds, 0.0
         self._hold_seconds = max(own.sandbox_seconds, settings.keep_warm_seconds)
 
     async def acquire(self, session_id: str) -> VercelSandbox:
@@ -125,19 +123,16 @@ class VercelProvider:
                 await self._hand_over(sandbox)
 
     async def sandboxes(self) -> AsyncIterator[SandboxInfo]:
-        """Those with our prefix and this environment's tag. Now and then, those that were unused for
-        SANDBOX_KEEP_WARM_SECONDS are stopped on the way."""
+        """Those with our prefix and this environment's tag."""
         tag = TagFilter(key="environment", value=self._settings.environment_id)
         ours = SandboxQueryByName(name_prefix=PREFIX, tag=tag)
         with mapped():
             found = [sandbox async for sandbox in self._client.query_sandboxes(query=ours)]
-        running = {sandbox.name for sandbox in found if sandbox.status in _RUNNING}
-        running -= await self._stop_unused(running)
         for sandbox in found:
             if session_id := (sandbox.tags or {}).get("session"):
                 created = (sandbox.created_at or 0) / 1000
                 used = (sandbox.status_updated_at or sandbox.updated_at or 0) / 1000
-                yield SandboxInfo(session_id, sandbox.name, created, used, sandbox.name in running)
+                yield SandboxInfo(session_id, sandbox.name, created, used, sandbox.status in _RUNNING)
 
     async def release(self, sandbox_id: str) -> None:
         """Deletes the sandbox and its disk."""
@@ -268,39 +263,34 @@ class VercelProvider:
 
     # --- ending one --------------------------------------------------------------------------------------------------
 
-    async def _stop_unused(self, names: set[str]) -> set[str]:
-        """Looks at each once in a while; which ones it has stopped."""
-        if time.monotonic() < self._look_at:
-            return set()
-        self._look_at = time.monotonic() + self._look_seconds
+    async def tidy(self) -> None:
+        """Stops those that had no runner for SANDBOX_KEEP_WARM_SECONDS. A sweep gives it little time: it looks in
+        another order each time, so that a few that hang do not keep it from the others."""
         few = asyncio.Semaphore(CALLS_AT_ONCE)
 
-        async def look(name: str) -> bool:
+        async def look(name: str) -> None:
             async with few:
                 try:
                     with mapped():
-                        return await self._stop_if_unused(name)
+                        await self._stop_if_unused(name)
                 except LaunchFailed as error:
                     _log.warning(line("stop", provider=self.name, sandbox=name, error=error, reason=str(error)))
-                    return False
 
-        ordered = sorted(names)
-        stopped = await asyncio.gather(*(look(name) for name in ordered))
-        return {name for name, is_stopped in zip(ordered, stopped, strict=True) if is_stopped}
+        names = [info.sandbox_id async for info in self.sandboxes() if info.running]
+        await asyncio.gather(*map(look, random.sample(names, len(names))))
 
-    async def _stop_if_unused(self, name: str) -> bool:
+    async def _stop_if_unused(self, name: str) -> None:
         """A launch and each renewal leave it `_hold_seconds`: what is missing of them, it was unused for."""
         sandbox = await self._find(name)
         if sandbox is None or sandbox.status not in _RUNNING:
-            return sandbox is None
+            return
         if self._hold_seconds - _left(sandbox) <= self._settings.keep_warm_seconds:
-            return False
+            return
         with but_for(404, 410):
             if any(process.returncode is None for process in await sandbox.query_processes()):
-                return False
+                return
             await sandbox.stop()
         _log.info(line("stopped", provider=self.name, sandbox=name, reason="unused"))
-        return True
 
     # --- between instances -------------------------------------------------------------------------------------------
 

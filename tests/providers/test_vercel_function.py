@@ -193,6 +193,19 @@ class TestInvocation:
                 await instance.done()
                 assert sum(record.operation == "work.list" for record in emulator.requests) == expected
 
+    async def test_a_sweep_stops_what_is_unused_after_everything_that_somebody_waits_for(
+        self, emulator: Emulator, fake: FakeVercel
+    ) -> None:
+        instance = Instance(emulator, fake, None, SANDBOX_KEEP_WARM_SECONDS="100")
+        async with running(instance):
+            idle = await instance.host.provider.acquire("sesn_idle")
+            fake.sandboxes[idle.id].current.started_at -= 250_000
+            fake.delays["stop"] = 60.0
+            session = say(emulator, "!echo served")
+            await instance.send(emulator, session)  # which sweeps, too
+            assert await answer(emulator, session) == "served"
+            await until(lambda: fake.count("stop"))
+
     async def test_at_the_deadline_nothing_goes_on_and_the_item_stays_queued(
         self, emulator: Emulator, fake: FakeVercel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -353,9 +353,17 @@ class TestTime:
         idle = await host.provider.acquire("sesn_idle")
         for sandbox in fake.sandboxes.values():
             sandbox.current.started_at -= 150_000
+        await host.dispatcher.sweep()
         running = {info.session_id async for info in host.provider.sandboxes() if info.running}
         assert running == {session}
         assert fake.sandboxes[idle.id].current.status == "stopped"
+
+    async def test_a_list_stops_nothing(self, world: World, fake: FakeVercel) -> None:
+        provider = world.host(SANDBOX_KEEP_WARM_SECONDS="100").provider
+        sandbox = await provider.acquire(SESSION)
+        fake.sandboxes[sandbox.id].current.started_at -= 150_000
+        assert [info.running async for info in provider.sandboxes()] == [True]
+        assert fake.count("stop") == 0
 
 
 class TestInjection:

@@ -81,5 +81,4 @@ def make_provider(fake: FakeVercel, settings: Any, *, store: Any = None, program
         store=store,
         program=program,
         wanted=IMAGE,
-        look_seconds=0.0,
     )

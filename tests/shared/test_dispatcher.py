@@ -676,6 +676,28 @@ async def test_nothing_is_deleted_while_the_api_does_not_say_what_is_wanted(
     assert provider.released == []
 
 
+async def test_a_provider_tidies_up_at_the_end_of_a_sweep_and_cannot_hold_it_up(
+    emulator: Emulator, make_dispatcher: MakeDispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Tidy(FakeProvider):
+        async def tidy(self) -> None:
+            self.seen = (list(self.started), list(self.released))
+            self._check("tidy")
+            await asyncio.Event().wait()
+
+    session = emulator.create_session()
+    emulator.say(session, "!true")
+    provider = Tidy()
+    provider.infos = [info("sesn_old", running=False, idle_seconds=10**7)]
+    dispatcher = make_dispatcher(provider, call_seconds=0.2)
+    await dispatcher.sweep()
+    assert provider.seen == ([session], ["box-sesn_old"])
+    assert "action=tidy provider=fake error=TimeoutError" in caplog.text
+    provider.broken["tidy"] = failed()
+    await dispatcher.sweep()
+    assert "action=tidy provider=fake error=LaunchFailed" in caplog.text
+
+
 # --- close -----------------------------------------------------------------------------------------------------------
 
 

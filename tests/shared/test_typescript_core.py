@@ -47,6 +47,7 @@ NOT_HERE = {
     "test_a_refused_key_says_what_to_check": "It opens Python's client.",
     "test_many_signals_make_one_drain": "Each signal is a message to the other process.",
     "test_drains_that_wait_for_one_another_all_end": "It is about asyncio.",
+    "test_a_provider_tidies_up_at_the_end_of_a_sweep_and_cannot_hold_it_up": "No provider there has anything to tidy.",
     **dict.fromkeys(
         (
             "test_a_poll_does_not_wait_for_the_launches_and_close_does",

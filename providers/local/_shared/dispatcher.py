@@ -111,6 +111,7 @@ class Dispatcher:
             if await self._healer.heal(items):
                 await self.drain()
             await self._fleet.clean_up(items, sandboxes or [], self._launches.keys())
+        await self._fleet.tidy()
         _log.info(log.line("sweep", provider=self._provider.name, ms=log.ms(began)))
 
     async def close(self, grace_seconds: float) -> None:

@@ -11,7 +11,7 @@ from anthropic.types.beta.environments import BetaSelfHostedWork
 
 from . import log
 from .errors import LaunchFailed
-from .provider import Provider, SandboxInfo
+from .provider import Provider, SandboxInfo, Tidies
 from .settings import Settings
 
 CALL_SECONDS = 30.0  # for one call of a provider that is no launch: a list, a renewal, a release
@@ -93,6 +93,16 @@ class Fleet:
         stale = [info for info in sandboxes if not info.running and info.last_used_at < oldest]
         unwanted = [info for info in stale if info.session_id not in wanted][:RELEASES_PER_SWEEP]
         await _all(self._release(info) for info in unwanted)
+
+    async def tidy(self) -> None:
+        """Lets the provider do what it wants to do in each sweep."""
+        if not isinstance(self._provider, Tidies):
+            return
+        try:
+            async with asyncio.timeout(self._call_seconds):
+                await self._provider.tidy()
+        except (LaunchFailed, TimeoutError) as error:
+            _log.warning(log.line("tidy", provider=self._provider.name, error=error, reason=_reason(error)))
 
     async def _release(self, info: SandboxInfo) -> None:
         if await self._seam("release", info, self._provider.release):
