@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 
 from tests.providers import docker_support
+from tests.providers.containers_dev import ContainersDev
 from tests.providers.workers_dev import WorkersDev, settings_for, workspace
-from tools.emulator import Emulator, call, end, repeat_output, tools
+from tools.emulator import Emulator, Step, call, end, repeat_output, tools
 from tools.sync_shared import ROOT, VENDORED, folders, own_modules, typescript_folders
 
 SERVE_SECONDS = 45.0  # below the minute after which a sweep would serve without a webhook
@@ -37,9 +38,13 @@ SERVERS: dict[str, dict[str, str] | None] = {
     "modal": None,
     "vercel": None,  # tests/providers/test_vercel_build.py: `vercel build` of a copy, run by Vercel's runtime
 }
-WORKERS: dict[str, bool] = {
-    "cloudflare-container": False,  # its sandboxes are containers: tests/providers/test_cloudflare_container.py
-    "cloudflare-worker": True,
+# How what answers is asked for there.
+WORKERS: dict[str, list[Step]] = {
+    "cloudflare-container": [tools(call("bash", command="echo the answer is $((6 * 7))"))],
+    "cloudflare-worker": [
+        tools(call("write", file_path="answer", content="the answer is 42")),
+        tools(call("read", file_path="answer")),
+    ],
 }
 SERVED = [
     pytest.param(name, marks=docker_support.needs_docker if name == "docker" else [])
@@ -202,26 +207,42 @@ def test_a_copy_serves_a_session_as_an_always_on_poller(copy: Copy, tmp_path: Pa
         assert "the answer is 42" in _say(emulator, "echo the answer is $((6 * 7))")
 
 
-@pytest.mark.timeout(300)  # the first test of a process may install
-@pytest.mark.parametrize("name", [name for name, is_served in WORKERS.items() if is_served])
+@contextlib.contextmanager
+def _dev(name: str, copy: Path, directory: Path) -> Iterator[WorkersDev]:
+    if name != "cloudflare-container":
+        with WorkersDev(copy, directory, None) as dev:
+            yield dev
+        return
+    containers = ContainersDev(copy, directory, None)
+    try:
+        with containers:
+            yield containers
+    finally:
+        containers.remove_all()
+
+
+@pytest.mark.timeout(400)  # the first test of a process may install and build
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=docker_support.needs_docker if "container" in name else []) for name in WORKERS],
+)
 def test_a_copy_of_a_worker_serves_a_session_when_a_signed_webhook_arrives(name: str, tmp_path: Path) -> None:
     """As its README says: `.env` made of `.env.example`, `npx wrangler dev`."""
     folder, copy = ROOT / "providers" / name, tmp_path / "copy"
     left_behind = shutil.ignore_patterns("node_modules", ".wrangler", ".env", ".dev.vars")
     shutil.copytree(folder, copy, ignore=left_behind)
     (copy / "node_modules").symlink_to(workspace(name) / "node_modules")  # what `npm ci` made of this very lock
-    with Emulator() as emulator:
+    with Emulator(host=docker_support.gateway() if "container" in name else "127.0.0.1") as emulator:
         env = (copy / ".env.example").read_text(encoding="utf-8")
         for key, value in settings_for(emulator).items():
             env, count = re.subn(rf"^(?:# )?{key}=.*$", f"{key}={value}", env, flags=re.MULTILINE)
             assert count == 1, f".env.example has no place for {key}"
         (copy / ".env").write_text(env, encoding="utf-8")
-        with WorkersDev(copy, tmp_path, None) as dev:
+        with _dev(name, copy, tmp_path) as dev:
             assert 400 <= dev.request("POST", WEBHOOK_PATH, content=b"{}").status_code < 500
             emulator.set_webhook_url(f"{dev.url}{WEBHOOK_PATH}")
             session = emulator.create_session()
-            write = call("write", file_path="answer", content="the answer is 42")
-            emulator.set_script(session, [tools(write), tools(call("read", file_path="answer")), repeat_output, end()])
+            emulator.set_script(session, [*WORKERS[name], repeat_output, end()])
             emulator.say(session, "go")
             emulator.wait_idle(session, 60)
             assert "the answer is 42" in str(emulator.events(session, "agent.message"))

@@ -24,6 +24,7 @@ const ours = (file: string) => import(pathToFileURL(join(process.cwd(), "src", f
 const { SessionObject } = await ours("session_object.ts");
 const { rulesFor } = await ours("egress.ts");
 const { readAll } = await ours("settings.ts");
+const { Workspaces } = await ours("workspaces.ts");
 
 const SESSION = "sesn_1";
 const NEEDED = { ANTHROPIC_ENVIRONMENT_ID: "env_1", ANTHROPIC_ENVIRONMENT_KEY: "key" };
@@ -45,6 +46,12 @@ class World {
   runners = 0;
   isFresh = true;
   isSilent = false;
+  isBucketOut = false;
+  /** How often the dispatcher was told that the container has ended. */
+  ended = 0;
+  /** What the last start brought. */
+  brought = "";
+  files = new Map<string, Uint8Array>();
   restoreSeconds = 0;
   baseUrl = "https://api.anthropic.com";
   onSave: () => void = () => undefined;
@@ -81,7 +88,7 @@ class World {
         this.isRunning = false;
         this.#ended();
       },
-      getTcpPort: () => ({ fetch: async (url: string, init: RequestInit) => this.#answer(new URL(url), init.method) }),
+      getTcpPort: () => ({ fetch: async (url: string, init: RequestInit) => this.#answer(new URL(url), init) }),
     };
     const storage = {
       kv: {
@@ -93,8 +100,14 @@ class World {
       },
       sync: async () => undefined,
     };
-    const bucket = { get: async () => null };
-    const env = { DISPATCHER: { getByName: () => ({ ended: async () => undefined }) }, WORKSPACES: bucket };
+    const bucket = {
+      get: async () => this.#ask(null),
+      put: async () => this.#ask({ size: 1 }),
+    };
+    const ended = async () => {
+      this.ended += 1;
+    };
+    const env = { DISPATCHER: { getByName: () => ({ ended }) }, WORKSPACES: bucket };
     const exports = { Egress: ({ props }: { props: { hosts: string[] } }) => props.hosts };
     this.#platform = [{ container, storage, exports, waitUntil: () => undefined }, env];
     this.forget();
@@ -105,11 +118,22 @@ class World {
     this.object = new SessionObject(...this.#platform);
   }
 
+  /** As by the platform, or for want of memory. */
+  die(): void {
+    this.isRunning = false;
+    this.#ended();
+  }
+
   since(): unknown[] {
     return this.told.splice(0);
   }
 
-  #answer(url: URL, method: string | undefined): Response {
+  #ask<T>(answer: T): T {
+    if (this.isBucketOut) throw new Error("we encountered an internal error (10001)");
+    return answer;
+  }
+
+  async #answer(url: URL, { method, body }: RequestInit): Promise<Response> {
     if (this.isSilent) throw new Error("the container is not listening");
     switch (`${method} ${url.pathname}`) {
       case "GET /":
@@ -119,11 +143,12 @@ class World {
         this.isFresh = false;
         return new Response("");
       case "POST /runners":
+        this.brought = await (body as Blob).text();
         return new Response('{"event":"ready"}\n{"event":"ended","code":0}\n');
       case "GET /workspace":
         this.saves += 1;
         this.onSave();
-        return new Response("no", { status: this.saveStatus });
+        return new Response("no", { status: this.saveStatus, headers: { "x-sha256": "0".repeat(64) } });
     }
     throw new Error(`${method} ${url.pathname} is not answered here`);
   }
@@ -132,7 +157,7 @@ class World {
     const { keepWarmSeconds } = this;
     const egress = rulesFor(SESSION, this.allowedHosts, this.baseUrl);
     const options = { keepWarmSeconds, maxFilesBytes: 1 << 20, retentionSeconds: 86_400, egress };
-    return this.object.start(SESSION, "{}", new Map(), options);
+    return this.object.start(SESSION, "{}", this.files, options);
   }
 
   /** So many seconds, with the alarms that are due in them. */
@@ -256,4 +281,88 @@ for (const [value, problem] of [
 test("names and names with a star in front are allowed hosts", () => {
   const settings = readAll({ ...NEEDED, SANDBOX_ALLOWED_HOSTS: "Example.com, *.b-c.example ,1.2.3.4" });
   assert.deepEqual(settings.allowedHosts, ["Example.com", "*.b-c.example", "1.2.3.4"]);
+});
+
+test("files outlast a bucket that is out for half an hour", async () => {
+  const world = new World();
+  await world.start();
+  world.isBucketOut = true;
+  await world.live(1800);
+  assert.ok(world.isRunning && world.saves < 20, `${world.saves} attempts`);
+  world.isBucketOut = false;
+  await world.live(300 + world.keepWarmSeconds);
+  assert.equal(world.isRunning, false);
+  await world.start();
+  assert.doesNotMatch(world.brought, /ERRORS/);
+});
+
+test("files that a bucket does not take for an hour are given up, and the agent is told once", async () => {
+  const world = new World();
+  await world.start();
+  world.isBucketOut = true;
+  await world.live(3600 + 300 + world.keepWarmSeconds);
+  assert.equal(world.isRunning, false);
+  assert.match((await world.start()).reason, /the files could not be restored/);
+  world.isBucketOut = false;
+  await world.start();
+  assert.match(world.brought, /inputs\/ERRORS.txt.*\nfiles: your files could not be saved: the bucket did not take them;/);
+  await world.start();
+  assert.doesNotMatch(world.brought, /ERRORS/);
+});
+
+test("a session is not started without its files, but once the bucket gives them", async () => {
+  const world = new World();
+  world.isBucketOut = true;
+  assert.match((await world.start()).reason, /the files could not be restored/);
+  assert.deepEqual([world.isRunning, world.brought], [false, ""]);
+  world.isBucketOut = false;
+  assert.equal((await world.start()).outcome, "ready");
+});
+
+test("nobody waits for a bucket that does not answer", async () => {
+  const never = () => new Promise<never>(() => undefined);
+  const workspaces = new Workspaces({ get: never, put: never, delete: never }, 10, 10);
+  const archive = new Response("no", { headers: { "x-sha256": "0".repeat(64) } });
+  await assert.rejects(workspaces.open(SESSION), /did not answer within/);
+  await assert.rejects(workspaces.save(SESSION, archive), /did not answer within/);
+  await assert.rejects(workspaces.delete(SESSION), /did not answer within/);
+});
+
+test("what is too large to be saved is missed in the next container, whose agent is told so beside what else it was not brought", async () => {
+  const world = new World();
+  world.saveStatus = 413;
+  await world.start();
+  await world.start(); // in the same container, nothing is missed yet
+  assert.doesNotMatch(world.brought, /ERRORS/);
+  await world.live(600);
+  world.files.set("inputs/ERRORS.txt", new TextEncoder().encode("a.txt: not found\n"));
+  await world.start();
+  assert.match(world.brought, /a\.txt: not found\nfiles: your files could not be saved: no;/);
+});
+
+test("a container that hangs while a runner works is borne with, then ended, and the agent is told", async () => {
+  const world = new World();
+  await world.start();
+  Object.assign(world, { runners: 1, isSilent: true });
+  await world.live(200);
+  world.isSilent = false;
+  await world.live(200);
+  assert.deepEqual([world.isRunning, world.ended], [true, 0], "it was only busy");
+  world.isSilent = true;
+  assert.match((await world.start()).reason, /does not answer/);
+  await world.live(400);
+  assert.deepEqual([world.isRunning, world.ended], [false, 1]);
+  world.isSilent = false;
+  assert.equal((await world.start()).outcome, "ready");
+  assert.match(world.brought, /your container stopped answering before your files were saved/);
+});
+
+test("a container that dies with files that were not saved is told of in the next", async () => {
+  const world = new World();
+  await world.start();
+  world.runners = 1;
+  world.die();
+  await world.live(15);
+  await world.start();
+  assert.match(world.brought, /your container ended before your files were saved/);
 });

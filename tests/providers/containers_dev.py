@@ -44,7 +44,7 @@ def altered_copy(folder: Path, directory: Path, file: str, old: str, new: str) -
 class ContainersDev(WorkersDev):
     """Its Worker has a name of its own, by which its containers are found; `remove_all` removes them."""
 
-    def __init__(self, folder: Path, directory: Path, settings: dict[str, str]) -> None:
+    def __init__(self, folder: Path, directory: Path, settings: dict[str, str] | None) -> None:
         self._tags = directory / "tags"
         super().__init__(folder, directory, settings, **environment(folder, self._tags))
         self._name = f"test-{uuid.uuid4().hex[:12]}"

@@ -1,13 +1,16 @@
 """providers/cloudflare-container under `wrangler dev`, from a copy of the folder alone: real workerd, real containers
 of the folder's own image. Over HTTP, the journeys of tests.contract, and what only this provider can get wrong.
+The webhooks are signed with the second key, as during a rotation.
 
 One `wrangler dev`, one image and one emulator serve all journeys of a test process.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.server
+import os
 import subprocess
 import threading
 import time
@@ -21,12 +24,14 @@ from tests.contract import CUSTOM_TOOLS
 from tests.providers.containers_dev import ContainersDev, altered_copy, environment, remove_tags
 from tests.providers.docker_support import docker, gateway, needs_docker
 from tests.providers.workers_dev import WAIT_SECONDS, Seen, workspace
-from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS
+from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS, RECLAIM_SECONDS
 from tools import typescript
 from tools.emulator import Emulator, Step, Switches, call, custom, end, repeat_output, tools
+from tools.emulator.webhooks import signature, signing_key
 
 NAME = "cloudflare-container"
 TOOLS = "/opt/tools/my_tools.py"
+FIRST_KEY, OLD_KEY = ("whsec_" + base64.b64encode(os.urandom(32)).decode() for _ in range(2))
 
 pytestmark = [needs_docker, pytest.mark.timeout(400)]  # the first test of a process may install and build
 
@@ -47,7 +52,8 @@ def settings_for(emulator: Emulator) -> dict[str, str]:
         "ANTHROPIC_ENVIRONMENT_ID": emulator.environment_id,
         "ANTHROPIC_ENVIRONMENT_KEY": emulator.environment_key,
         "ANTHROPIC_BASE_URL": emulator.url,
-        "ANTHROPIC_WEBHOOK_SIGNING_KEY": emulator.webhook_key,
+        "ANTHROPIC_WEBHOOK_SIGNING_KEY": FIRST_KEY,
+        "ANTHROPIC_WEBHOOK_SIGNING_KEY_NEXT": emulator.webhook_key,
         "SANDBOX_MAX_IDLE_SECONDS": "1",
     }
 
@@ -206,6 +212,10 @@ def test_more_than_is_kept_is_not_saved_and_the_log_says_so(talk: Talk) -> None:
     talk.ask(f"echo {talk.session} > session; head -c 9000000 /dev/urandom > noise")
     assert "the files take more than 8388608 bytes" in talk.until_logged("not_saved")
     talk.until_logged("files_lost")
+    docker("kill", talk.container())
+    talk.until_logged("sandbox_lost")
+    told = "files: your files could not be saved: the files take more than 8388608 bytes"
+    assert talk.ask("cat inputs/ERRORS.txt").startswith(told)
 
 
 def test_an_unused_container_sleeps_and_unused_files_are_deleted(folder: Path, tmp_path: Path) -> None:
@@ -365,6 +375,46 @@ def test_the_agent_finds_no_credential_and_cannot_speak_for_the_durable_object(t
     for word in ("sk-ant-", emulator.environment_key, "ANTHROPIC_"):
         assert word not in answer
         assert word not in outside
+
+
+def test_an_item_without_a_secret_is_refused(emulator: Emulator, talk: Talk, dev: ContainersDev) -> None:
+    emulator.switch(secret="null")
+    since = len(dev.log)
+    talk.say("!echo never")
+    dev.until_logged(f"action=refused work={talk.session} .*no usable secret.*ALLOW_ENVIRONMENT_KEY_IN_SANDBOX", since)
+    assert talk.state == "queued"
+    emulator.delete_session(talk.session)
+
+
+@pytest.mark.parametrize(("age", "statuses"), [(0, [200, 200, 401]), (400, [401, 401, 401])])
+def test_both_keys_of_a_rotation_sign_and_an_old_signature_does_not(
+    emulator: Emulator, dev: ContainersDev, age: int, statuses: list[int]
+) -> None:
+    body = '{"id": "whe_1", "type": "event", "data": {"type": "session.status_idled", "id": "sesn_1"}}'
+    moment = int(time.time()) - age
+    for key, status in zip([FIRST_KEY, emulator.webhook_key, OLD_KEY], statuses, strict=True):
+        signed = signature(signing_key(key), "whe_1", moment, body)
+        headers = {"webhook-id": "whe_1", "webhook-timestamp": str(moment), "webhook-signature": signed}
+        assert dev.request("POST", "/webhook", headers=headers, content=body).status_code == status
+
+
+def test_a_message_to_a_container_that_is_frozen_is_served_once_it_is_not(
+    emulator: Emulator, talk: Talk, dev: ContainersDev
+) -> None:
+    """One that stays so is ended: cloudflare_container_session.mts, on its own clock."""
+    talk.ask(f"echo {talk.session} > session; echo kept > /tmp/kept")
+    talk.wait_stopped()
+    container = talk.container()
+    docker("pause", container)
+    try:
+        talk.say("!cat /tmp/kept")
+        failed = f"action=launch_failed .*session={talk.session} .*"
+        assert "the session's container does not answer" in dev.until_logged(failed)
+    finally:
+        docker("unpause", container)
+    emulator.advance(RECLAIM_SECONDS)
+    dev.sweep()
+    assert talk.wait_idle() == "kept"
 
 
 ASK = """

@@ -14,7 +14,7 @@ const BOOT_PAUSE_MS = 150;
 const ANSWER_MS = 10_000;
 const NO_ANSWER = 503;
 const LONGEST_REASON = 300;
-const TRANSFER_MS = 330_000; // above what the first process allows its archiver
+export const TRANSFER_MS = 330_000; // above what the first process allows its archiver
 
 /** What its first process says of itself. */
 export interface SandboxState {
@@ -118,6 +118,19 @@ export class Sandbox {
     if (!response.ok) throw new SandboxRefused(response.status, (await response.text()).slice(0, LONGEST_REASON));
     if (response.body === null) throw new SandboxRefused(NO_ANSWER, "the container's answer has no body");
     return response as Answer;
+  }
+}
+
+/** What `work` comes to, unless it takes longer: then `late`. It is not ended, nobody waits for it any more. */
+export async function within<T>(ms: number, work: Promise<T>, late: Error): Promise<T> {
+  let timer: ReturnType<typeof setTimeout> | null = null;
+  const waiting = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(late), ms);
+  });
+  try {
+    return await Promise.race([work, waiting]);
+  } finally {
+    clearTimeout(timer);
   }
 }
 

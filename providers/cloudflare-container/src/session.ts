@@ -45,12 +45,24 @@ export interface Session {
   /** A runner was started since the last save. */
   unsaved: boolean;
   failedSaves: number;
+  /** Why files of the container there is will be missed in the next one; empty: they will not. */
+  lost: string;
+  /** The same of the container before, until its agent was told. */
+  news: string;
   silentSince: number | undefined;
 }
 
 /** Of a session that nobody has spoken to yet. */
 export function newSession(id: string): Session {
   const options = { keepWarmSeconds: 0, maxFilesBytes: 0, retentionSeconds: 0, egress: undefined };
-  const nothing = { idleSince: undefined, silentSince: undefined, held: false, unsaved: false, failedSaves: 0 };
+  const nothing = {
+    idleSince: undefined,
+    silentSince: undefined,
+    held: false,
+    unsaved: false,
+    failedSaves: 0,
+    lost: "",
+    news: "",
+  };
   return { id, options, phase: "asleep", key: "", egress: undefined, ...nothing };
 }

@@ -14,7 +14,7 @@ import { errorName, log, runnerLog } from "../_shared/log.ts";
 import type { DispatcherObject } from "./dispatcher_object.ts";
 import { hold } from "./egress.ts";
 import { linesOf, readReady, sayIn } from "./runner_log.ts";
-import { exitCode, Sandbox, SandboxRefused, type SandboxState } from "./sandbox.ts";
+import { exitCode, Sandbox, SandboxRefused, type SandboxState, within } from "./sandbox.ts";
 import { type Launch, newSession, type Options, type Session, type Started } from "./session.ts";
 import { Workspaces } from "./workspaces.ts";
 
@@ -22,7 +22,10 @@ const TICK_MS = 15_000; // between two looks at a container that works
 const START_MS = 80_000; // below the dispatcher's budget for a launch: a runner that starts later finds nobody who waits
 const HELD_MS = RECLAIM_MS + 80_000; // until an item that was not acked is handed out again, and the sweep that finds it
 const SILENT_MS = 300_000; // a container whose first process does not answer for so long is ended
-const MAX_SAVES = 5; // attempts, a look apart
+const MAX_SAVES = 5; // attempts, of a container that fails
+const SLOWEST_SAVE_MS = 300_000; // between two attempts: each takes twice the time of the one before
+const OUTAGE_MS = 3_600_000; // for so long a container waits for a bucket that fails
+const ERRORS = "inputs/ERRORS.txt"; // where the agent is told of what it was not brought, too
 const SAVES_REFUSED = new Map([
   [413, 1], // it is too much, and stays so
   [422, 2], // the archiver failed, perhaps for want of memory
@@ -93,15 +96,18 @@ export class SessionObject extends DurableObject<SessionEnv> {
     await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
     const me = Symbol(session.id);
     this.#listener = me; // before the runner says anything: an older listener would say it too
-    const answer = await sandbox.start(launch.stdin, launch.files).catch((error: unknown) => {
+    const answer = await sandbox.start(launch.stdin, told(launch.files, session.news)).catch((error: unknown) => {
       this.#listener = undefined;
       throw error;
     });
+    session.news = "";
+    this.#store(session);
     const lines = linesOf(answer.body);
     try {
       return await within(
         until - Date.now(),
         readReady(lines, (line) => sayIn(runnerLog(session.id), line)),
+        new LaunchFailed("the runner was not ready in time", { retriable: false }),
       );
     } finally {
       this.ctx.waitUntil(this.#listen(session.id, lines, me));
@@ -130,6 +136,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
   async #boot(session: Session): Promise<Sandbox> {
     const { egress } = session.options;
     Object.assign(session, { phase: "awake", key: crypto.randomUUID(), egress, held: true, unsaved: false });
+    if (session.lost !== "") Object.assign(session, { news: session.lost, lost: "" });
     session.idleSince = session.silentSince = undefined; // it is idle from when it is seen to be, however long it takes
     this.#store(session);
     await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
@@ -185,8 +192,8 @@ export class SessionObject extends DurableObject<SessionEnv> {
     const warmUntil = session.idleSince + warmMs;
     if (!session.unsaved && (state.stopping || Date.now() >= warmUntil)) return await this.#sleep(session);
     this.#store(session);
-    const next = session.unsaved || state.stopping ? Date.now() + TICK_MS : warmUntil;
-    await this.ctx.storage.setAlarm(next);
+    const pause = Math.min(TICK_MS * 2 ** Math.max(session.failedSaves - 1, 0), SLOWEST_SAVE_MS);
+    await this.ctx.storage.setAlarm(session.unsaved || state.stopping ? Date.now() + pause : warmUntil);
   }
 
   async #save(session: Session): Promise<void> {
@@ -194,7 +201,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
     if (this.#workspaces === undefined) {
       const reason = "there is no bucket (WORKSPACES in wrangler.jsonc): the files end with the container";
       log.warning("not_saved", { ...names, reason });
-      session.unsaved = false;
+      Object.assign(session, { unsaved: false, lost: "this environment keeps no files between containers" });
       return;
     }
     const began = Date.now();
@@ -202,17 +209,20 @@ export class SessionObject extends DurableObject<SessionEnv> {
       const archive = await new Sandbox(this.#container, session.key).archive(session.options.maxFilesBytes);
       const size = await this.#workspaces.save(session.id, archive);
       log.info("saved", { session: session.id, ms: Date.now() - began, reason: `${size} bytes` });
-      Object.assign(session, { unsaved: false, failedSaves: 0 });
+      Object.assign(session, { unsaved: false, failedSaves: 0, lost: "" });
     } catch (error) {
       session.failedSaves += 1;
       const refused = error instanceof SandboxRefused ? error : undefined;
       log.warning("not_saved", { ...names, error, reason: refused?.message });
-      if (session.failedSaves < (SAVES_REFUSED.get(refused?.status ?? 0) ?? MAX_SAVES)) return;
-      log.error("files_lost", {
-        session: session.id,
-        reason: "given up: the next container gets the files saved before",
-      });
-      session.unsaved = false;
+      const goesOn =
+        refused === undefined
+          ? Date.now() - (session.idleSince ?? 0) < OUTAGE_MS
+          : session.failedSaves < (SAVES_REFUSED.get(refused.status) ?? MAX_SAVES);
+      if (goesOn) return;
+      const reason = "given up: the next container gets the files saved before";
+      log.error("files_lost", { session: session.id, reason });
+      const why = refused?.message ?? "the bucket did not take them";
+      Object.assign(session, { unsaved: false, lost: `your files could not be saved: ${why}` });
     }
   }
 
@@ -223,6 +233,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
       session: session.id,
       reason: `the container ended${exitCode(this.#exit ?? "")}${since}`,
     });
+    if (session.unsaved) session.lost = "your container ended before your files were saved";
     await this.#asleep(session);
   }
 
@@ -232,6 +243,7 @@ export class SessionObject extends DurableObject<SessionEnv> {
     this.#store(session);
     if (Date.now() - session.silentSince < SILENT_MS) return await this.ctx.storage.setAlarm(Date.now() + TICK_MS);
     log.error("sandbox_silent", { session: session.id, ms: Date.now() - session.silentSince });
+    if (session.unsaved) session.lost = "your container stopped answering before your files were saved";
     await this.#sleep(session);
   }
 
@@ -319,15 +331,10 @@ function unanswered(error: unknown): undefined {
   return undefined;
 }
 
-/** What `work` comes to, unless it takes longer. */
-async function within<T>(ms: number, work: Promise<T>): Promise<T> {
-  let timer: ReturnType<typeof setTimeout> | null = null;
-  const late = new Promise<never>((_, reject) => {
-    timer = setTimeout(() => reject(new LaunchFailed("the runner was not ready in time", { retriable: false })), ms);
-  });
-  try {
-    return await Promise.race([work, late]);
-  } finally {
-    clearTimeout(timer);
-  }
+/** The files that a runner finds, with the news that some of its agent's own are gone. */
+function told(files: LaunchFiles, news: string): LaunchFiles {
+  if (news === "") return files;
+  const line = `files: ${news}; what is here was saved before that, if anything is\n`;
+  const others = new TextDecoder().decode(files.get(ERRORS));
+  return new Map([...files, [ERRORS, new TextEncoder().encode(others + line)]]);
 }
