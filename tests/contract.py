@@ -104,7 +104,7 @@ class ProviderContract:
         await host.until_stopped(session)  # its runner is still on its way out
         assert await host.ask(session, "!echo two") == "two"
 
-    # --- acquire -----------------------------------------------------------------------------------------------------
+    # --- acquire (P4) ------------------------------------------------------------------------------------------------
 
     async def test_acquire_creates_once_and_then_finds(self, world: World) -> None:
         """R10."""

@@ -167,7 +167,7 @@ def _tests_in(path: Path) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
-RULES = [f"R{number}" for number in range(1, 13)]
+RULES = [*(f"P{number}" for number in range(1, 11)), *(f"R{number}" for number in range(1, 13))]
 
 
 @pytest.mark.parametrize("rule", RULES)

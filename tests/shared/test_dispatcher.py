@@ -1,4 +1,4 @@
-"""The dispatcher against the emulator: reserve, launch, never ack, and give back what is not launched (R7, R8).
+"""The dispatcher against the emulator: reserve, launch, never ack, and give back what is not launched (P8, R7, R8).
 
 Nothing here starts a runner: the provider is a fake, and what a runner would do next is not the dispatcher's.
 """

@@ -1,4 +1,4 @@
-"""The host seam: a status for every request, at once, and a wake-up for the right ones only."""
+"""The host seam: a status for every request, at once, and a wake-up for the right ones only (P6, P7)."""
 
 from __future__ import annotations
 

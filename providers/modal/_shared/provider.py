@@ -76,8 +76,8 @@ class Provider(Protocol):
     def name(self) -> str: ...
 
     async def acquire(self, session_id: str) -> Sandbox:
-        """Gets, resumes or creates the session's sandbox and proves it can exec (R10). Idempotent: concurrent calls for
-        one session end with one sandbox (the oldest wins, a loser's is released)."""
+        """Gets, resumes or creates the session's sandbox and proves it can exec (P4, R10). Idempotent: concurrent calls
+        for one session end with one sandbox (the oldest wins, a loser's is released)."""
         ...
 
     async def renew(self, sandbox_id: str, seconds: float) -> None:

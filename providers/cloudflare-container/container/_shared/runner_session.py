@@ -249,7 +249,7 @@ class Session:
         self._phase = phase
         self._lock.say(phase, self._lease.last_heartbeat)
 
-    # --- R6: leave -------------------------------------------------------------------------------------------------
+    # --- R6, P9: leave ---------------------------------------------------------------------------------------------
 
     def leave(self) -> None:
         """SIGTERM: no new call, end the one in flight, keep its answer for after the stop."""
