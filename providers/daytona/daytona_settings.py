@@ -18,8 +18,23 @@ def _volumes(value: str) -> tuple[tuple[str, str], ...]:
     return volumes
 
 
-@dataclass(frozen=True)
-class DaytonaSettings:
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """The machine that a snapshot is baked for."""
+
+    cpu: int | None = setting(
+        "DAYTONA_CPU", "Cores of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
+    )
+    memory_gib: int | None = setting(
+        "DAYTONA_MEMORY_GIB", "Memory of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
+    )
+    disk_gib: int | None = setting(
+        "DAYTONA_DISK_GIB", "Disk of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaytonaSettings(Size):
     """What this provider needs beside the shared settings."""
 
     api_key: str = setting(
@@ -31,15 +46,6 @@ class DaytonaSettings:
         "DAYTONA_SNAPSHOT",
         "The snapshot of new sandboxes. Unset: the one that `bake.py` bakes from this folder as it is.",
         default=None,
-    )
-    cpu: int | None = setting(
-        "DAYTONA_CPU", "Cores of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
-    )
-    memory_gib: int | None = setting(
-        "DAYTONA_MEMORY_GIB", "Memory of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
-    )
-    disk_gib: int | None = setting(
-        "DAYTONA_DISK_GIB", "Disk of a sandbox. Takes effect with the next `bake.py`.", parse=count, default=None
     )
     archive_minutes: int = setting(
         "DAYTONA_ARCHIVE_MINUTES",

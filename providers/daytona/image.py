@@ -27,7 +27,7 @@ def dockerfile(folder: Path = _HERE) -> str:
     """The whole text. Raises `ValueError` for what it cannot hold."""
     text = (folder / "sandbox.Dockerfile").read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(), 1):
-        if line.split()[:1] in (["COPY"], ["ADD"]):
+        if line.upper().split()[:1] in (["COPY"], ["ADD"]):
             raise ValueError(f"sandbox.Dockerfile:{number}: no COPY or ADD: put the files into sandbox_files/")
     parts = [text.rstrip("\n"), "USER root"]
     parts += [_unpack(files, target) for target, files in _packed(folder).items() if files]

@@ -25,7 +25,7 @@ from _shared import handler, log, worker
 from _shared.dispatcher import Dispatcher, open_client
 from _shared.errors import LaunchFailed, SandboxesError, SettingsError
 from _shared.runner_secrets import RedactingFormatter
-from _shared.settings import Settings, credential, load, setting
+from _shared.settings import Settings, credential, load, port, setting
 from _shared.webhook import Verifier
 from daytona_settings import DaytonaSettings
 from sandbox import DaytonaProvider, open_provider
@@ -33,6 +33,7 @@ from sandbox import DaytonaProvider, open_provider
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]  # the handler says which one it answers
 _CLOSE_CONNECTIONS_SECONDS = 4
 _CLOSE_SECONDS = 15.0  # for what is under way when told to stop; with the connections' below 25
+_STATUS_SECONDS = 10.0  # for each of the two that the status page asks
 _LATEST_LINES = 50
 
 _log = logging.getLogger(__name__)
@@ -159,11 +160,15 @@ async def status(request: Request) -> dict[str, Any]:
         raise HTTPException(401, headers={"www-authenticate": "Bearer"})
     queue: Any = None
     async with open_client(host.settings) as client:
-        with contextlib.suppress(AnthropicError):
-            queue = (await client.beta.environments.work.stats(host.settings.environment_id)).model_dump(mode="json")
+        with contextlib.suppress(AnthropicError, TimeoutError):
+            async with asyncio.timeout(_STATUS_SECONDS):
+                queue = (await client.beta.environments.work.stats(host.settings.environment_id)).model_dump(
+                    mode="json"
+                )
     sandboxes: Any = None
-    with contextlib.suppress(LaunchFailed):
-        sandboxes = [asdict(info) async for info in host.provider.sandboxes()]
+    with contextlib.suppress(LaunchFailed, TimeoutError):
+        async with asyncio.timeout(_STATUS_SECONDS):
+            sandboxes = [asdict(info) async for info in host.provider.sandboxes()]
     return {"queue": queue, "sandboxes": sandboxes, "log": list(request.app.state.latest.lines)}
 
 
@@ -171,7 +176,7 @@ def main() -> int:
     """The command line. Exit codes: 0 told to stop, 1 the poller failed, 2 a setting is wrong."""
     parser = argparse.ArgumentParser(description="Serves webhooks and polls. Settings: see README.md.")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="the port, 0 for a free one (%(default)s)")
+    parser.add_argument("--port", type=port, default=8080, help="the port, 0 for a free one (%(default)s)")
     parser.add_argument("--no-poll", action="store_true", help="rely on webhooks and the sweep each minute")
     options = parser.parse_args()
     log.configure()
@@ -190,8 +195,8 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has shut down in order
         signal.signal(number, leave)
-    address, port = listener.getsockname()[:2]
-    sys.stdout.write(f"listening on http://{address}:{port}\n")
+    address, bound = listener.getsockname()[:2]
+    sys.stdout.write(f"listening on http://{address}:{bound}\n")
     sys.stdout.flush()
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=_CLOSE_CONNECTIONS_SECONDS

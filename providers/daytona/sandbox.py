@@ -19,6 +19,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+import engineio  # type: ignore[import-untyped]
 from daytona import (
     AsyncDaytona,
     AsyncSandbox,
@@ -27,6 +28,7 @@ from daytona import (
     DaytonaConfig,
     DaytonaConflictError,
     DaytonaError,
+    DaytonaForbiddenError,
     DaytonaInternalServerError,
     DaytonaNotFoundError,
     FileUpload,
@@ -39,7 +41,7 @@ import image
 from _shared.errors import LaunchFailed
 from _shared.provider import Launch, SandboxInfo, Started, read_ready
 from _shared.settings import Settings, load
-from daytona_errors import PASSING, mapped, said
+from daytona_errors import PASSING, activate, mapped, said, snapshot_state
 from daytona_settings import DaytonaSettings
 
 ENVIRONMENT_LABEL, SESSION_LABEL = "sandboxes-environment", "sandboxes-session"
@@ -48,6 +50,7 @@ AUTOSTOP_MINUTES = 5  # at least: what a sweep renews each minute must outlast s
 ORPHAN_MINUTES = 24 * 60  # on top of the retention, Daytona deletes by itself what no host is left to release
 CHANGE_SECONDS = 80.0  # for a change of state; below the dispatcher's launch budget
 CALL_SECONDS = 15
+FORGET_SECONDS = 5
 POLL_SECONDS = 0.25
 INPUT_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # a command is started before its input can be written to
 LOGS_MISSED = 20  # polls of the log in a row that may fail
@@ -55,10 +58,13 @@ LOGS_MISSED = 20  # polls of the log in a row that may fail
 _BROKEN = frozenset({"error", "build_failed"})
 _ASLEEP = frozenset({"stopped", "paused", "archiving", "archived"})
 _GONE = frozenset({"destroying", "destroyed"})
+_UNDER_WAY = frozenset({"pending", "building", "pulling", "snapshotting"})  # of a snapshot
 
 
 def open_daytona(own: DaytonaSettings) -> AsyncDaytona:
     """The vendor's client."""
+    # The library of its event stream would take Ctrl-C over from this process, and cancel every task.
+    engineio.async_client.async_signal_handler_set = True
     return AsyncDaytona(DaytonaConfig(api_key=own.api_key, api_url=own.api_url, target=own.target))
 
 
@@ -173,6 +179,10 @@ class DaytonaProvider:
         try:
             return await self._daytona.create(params, timeout=CHANGE_SECONDS), True
         except DaytonaBadRequestError as error:
+            if (state := snapshot_state(error)) in _UNDER_WAY:
+                raise LaunchFailed(f"the snapshot {self._snapshot} is {state}", retriable=True) from error
+            if state == "inactive":
+                raise await self._activated() from error
             hint = f"; bake it with `python bake.py`, it is {self._snapshot}" if "Snapshot" in error.message else ""
             raise LaunchFailed(f"Daytona refuses to create a sandbox: {said(error)}{hint}", retriable=False) from error
         except DaytonaConflictError:  # another host was faster
@@ -182,6 +192,17 @@ class DaytonaProvider:
                 raise
             # It exists, and did not start: what now, its state decides.
             return await self._daytona.get(session_id, CALL_SECONDS), True
+
+    async def _activated(self) -> LaunchFailed:
+        """What to say of a launch whose snapshot was inactive: Daytona puts one away that was not used for long."""
+        try:
+            await activate(self._daytona, self._snapshot)
+        except DaytonaForbiddenError:
+            cure = "run `python bake.py` with a key that may write snapshots"
+            return LaunchFailed(f"the snapshot {self._snapshot} is inactive: {cure}", retriable=False)
+        except DaytonaBadRequestError:  # another launch was faster, or it has become inactive just now
+            pass
+        return LaunchFailed(f"the snapshot {self._snapshot} was inactive and is being activated", retriable=True)
 
 
 class DaytonaSandbox:
@@ -203,18 +224,23 @@ class DaytonaSandbox:
             await self._put(launch.files)
             await self._forget_ended()
             session = f"{RUNNER_SESSION}{time.time_ns()}"
-            await process.create_session(session, CALL_SECONDS)
-            try:
+            async with (
+                contextlib.AsyncExitStack() as unless_told
+            ):  # a runner that waits for its job would wait for ever
+                unless_told.push_async_callback(self._forget, session)
+                await process.create_session(session, CALL_SECONDS)
                 request = SessionExecuteRequest(
                     command=f"python3 -I {self._runner} 2>&1", run_async=True, suppress_input_echo=True
                 )
                 command = (await process.execute_session_command(session, request, CALL_SECONDS)).cmd_id
                 await self._send(session, command, launch.stdin.decode())
-            except DaytonaError:
-                with contextlib.suppress(DaytonaError):  # a runner that waits for its job would wait for ever
-                    await process.delete_session(session, CALL_SECONDS)
-                raise
+                unless_told.pop_all()
             return await read_ready(self._lines(session, command))
+
+    async def _forget(self, session: str) -> None:
+        """Ends what runs in a session of the toolbox. A launch that is out of time waits no longer than this for it."""
+        with contextlib.suppress(DaytonaError):
+            await self._sandbox.process.delete_session(session, FORGET_SECONDS)
 
     async def tail(self, lines: int) -> str:
         """The end of the latest runner's output."""

@@ -48,12 +48,12 @@ _LOOK_SECONDS = 0.05
 
 Kind = Literal["fail", "drop", "lose", "hang", "stale"]
 # What `fault` and `seconds` may name.
-CHANGES = ("create", "start", "stop", "restore", "delete", "bake")
+CHANGES = ("create", "start", "stop", "restore", "delete", "bake", "remove", "activate")
 OPERATIONS = (
     *("create", "get", "list", "start", "stop", "delete", "archive", "recover", "autostop", "autoarchive"),
     *("autodelete", "activity", "execute", "upload", "session.create", "session.list", "session.get"),
     *("session.delete", "session.exec", "session.command", "session.logs", "session.input"),
-    *("snapshot.get", "snapshot.create", "snapshot.list", "snapshot.delete", "snapshot.logs"),
+    *("snapshot.get", "snapshot.create", "snapshot.list", "snapshot.delete", "snapshot.logs", "snapshot.activate"),
 )
 _CREATE_FIELDS = {
     *("name", "snapshot", "user", "env", "labels", "public", "target", "volumes", "kvm", "spot", "autoStopInterval"),
@@ -291,6 +291,7 @@ class DaytonaDouble:
             ("GET", "/api/snapshots", "snapshot.list", self._snapshot_list),
             ("POST", "/api/snapshots", "snapshot.create", self._snapshot_create),
             ("DELETE", "/api/snapshots/{name}", "snapshot.delete", self._snapshot_delete),
+            ("POST", "/api/snapshots/{name}/activate", "snapshot.activate", self._snapshot_activate),
             ("POST", tool + "/process/execute", "execute", self._toolbox),
             ("POST", tool + "/files/bulk-upload", "upload", self._upload),
             ("GET", tool + "/process/session", "session.list", self._toolbox),
@@ -380,6 +381,8 @@ class DaytonaDouble:
             raise Refused(400, "not to be had here")
         if asked["snapshot"] not in self.images:
             raise Refused(400, f"Snapshot {asked['snapshot']} not found. Did you add it through the Daytona Dashboard?")
+        if (state := self.snapshots[asked["snapshot"]]["state"]) != "active":
+            raise Refused(400, f"Snapshot {asked['snapshot']} is {state}")
         if missing := [each["volumeId"] for each in asked.get("volumes", []) if each["volumeId"] not in self.volumes]:
             raise Refused(400, f"Volume '{missing[0]}' not found")
         if any(box.name == asked["name"] for box in self.existing()):
@@ -638,9 +641,26 @@ class DaytonaDouble:
         return web.json_response({"items": shown, "total": len(items), "page": page, "totalPages": pages})
 
     async def _snapshot_delete(self, request: web.Request, operation: str, body: bytes) -> web.Response:
+        """Its name is taken until it is really gone, which is always later."""
         snapshot = self._snapshot(request)
-        del self.snapshots[snapshot["name"]], self.images[snapshot["name"]]
+        snapshot["state"] = "removing"
+
+        def gone() -> None:
+            if self.snapshots.get(snapshot["name"]) is snapshot:
+                del self.snapshots[snapshot["name"]], self.images[snapshot["name"]]
+
+        asyncio.get_running_loop().call_later(self.seconds["remove"], gone)
         return web.Response(status=200)
+
+    async def _snapshot_activate(self, request: web.Request, operation: str, body: bytes) -> web.Response:
+        snapshot = self._snapshot(request)
+        if snapshot["state"] == "active":
+            raise Refused(400, f"Snapshot {snapshot['id']} is already active")
+        if snapshot["state"] != "inactive":
+            raise Refused(400, f"Snapshot {snapshot['id']} cannot be activated - it is in {snapshot['state']} state")
+        snapshot["state"] = "pending"
+        asyncio.get_running_loop().call_later(self.seconds["activate"], snapshot.update, {"state": "active"})
+        return web.json_response(snapshot)
 
     async def _snapshot_create(self, request: web.Request, operation: str, body: bytes) -> web.Response:
         asked = self._fields(operation, body, {"name", "buildInfo"}, {"cpu", "memory", "disk", "regionId"})

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 
 from tests.fakes.daytona import DaytonaDouble
 from tests.folders import Folder
-from tests.providers.daytona_support import FOLDER
+from tests.providers.daytona_support import FOLDER, PATIENCE_SECONDS, until
 from tests.providers.local_support import needs_bubblewrap
 
 image, bake = FOLDER.module("image"), FOLDER.module("bake")
@@ -70,8 +74,9 @@ def test_what_the_host_needs_is_not_in_the_image(copy: Folder) -> None:
     assert names(copy) == before
 
 
-def test_a_dockerfile_that_copies_is_refused_with_its_line(copy: Folder) -> None:
-    (copy.path / "sandbox.Dockerfile").write_text("FROM x\nCOPY a b\n")
+@pytest.mark.parametrize("line", ["COPY", "copy", "  Add"])
+def test_a_dockerfile_that_copies_is_refused_with_its_line(copy: Folder, line: str) -> None:
+    (copy.path / "sandbox.Dockerfile").write_text(f"FROM x\n{line} a b\n")
     with pytest.raises(ValueError, match=r"sandbox\.Dockerfile:2: no COPY or ADD"):
         copy.module("image").dockerfile()
 
@@ -126,6 +131,65 @@ async def test_a_failed_build_is_told_and_can_be_repeated(
     assert await baking.bake(settings(daytona)) == 0
 
 
+async def test_a_new_one_waits_until_the_old_one_is_really_gone(
+    daytona: DaytonaDouble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daytona.add_snapshot(image.name(), {})
+    daytona.seconds["remove"] = 1.0
+    assert await bake.bake(settings(daytona), force=True) == 0
+    said = capsys.readouterr().out
+    assert "is removing: waiting" in said
+    assert f"baked {image.name()}" in said
+    assert daytona.count("snapshot.delete") == 1
+
+
+@pytest.mark.parametrize("state", ["pending", "building", "pulling", "removing"])
+async def test_what_somebody_else_has_begun_is_waited_for(daytona: DaytonaDouble, state: str) -> None:
+    daytona.add_snapshot(image.name(), {})
+    daytona.snapshots[image.name()]["state"] = state
+    baking = asyncio.create_task(bake.bake(settings(daytona)))
+    await until(lambda: daytona.count("snapshot.get") >= 2)
+    assert daytona.count("snapshot.delete") == daytona.count("snapshot.create") == 0
+    daytona.snapshots[image.name()]["state"] = "active"
+    assert await baking == 0
+    assert daytona.count("snapshot.delete") == daytona.count("snapshot.create") == 0
+
+
+async def test_of_two_who_bake_at_once_one_waits_for_the_other(daytona: DaytonaDouble) -> None:
+    daytona.seconds["bake"] = 0.5
+    assert list(await asyncio.gather(bake.bake(settings(daytona)), bake.bake(settings(daytona)))) == [0, 0]
+    assert daytona.count("snapshot.create", 200) == 1
+    assert daytona.count("snapshot.delete") == 0
+
+
+async def test_what_never_ends_is_told(
+    daytona: DaytonaDouble, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daytona.add_snapshot(image.name(), {})
+    daytona.snapshots[image.name()]["state"] = "pulling"
+    monkeypatch.setattr(bake, "WAIT_SECONDS", 1)
+    assert await bake.bake(settings(daytona)) == 1
+    assert "what is under way has not ended" in capsys.readouterr().out
+
+
+async def test_an_inactive_one_is_activated(daytona: DaytonaDouble, capsys: pytest.CaptureFixture[str]) -> None:
+    daytona.add_snapshot(image.name(), {})
+    daytona.snapshots[image.name()]["state"] = "inactive"
+    daytona.seconds["activate"] = 0.5
+    assert await bake.bake(settings(daytona)) == 0
+    assert daytona.snapshots[image.name()]["state"] == "active"
+    assert daytona.count("snapshot.create") == daytona.count("snapshot.delete") == 0
+    assert "activating it" in capsys.readouterr().out
+
+
+async def test_one_that_cannot_be_activated_is_told(daytona: DaytonaDouble, capsys: pytest.CaptureFixture[str]) -> None:
+    daytona.add_snapshot(image.name(), {})
+    daytona.snapshots[image.name()]["state"] = "inactive"
+    daytona.fault("snapshot.activate", "fail", status=400)
+    assert await bake.bake(settings(daytona)) == 1
+    assert "not baked: Failed to activate" in capsys.readouterr().out
+
+
 async def test_old_snapshots_are_deleted_when_asked_and_nobody_elses(
     daytona: DaytonaDouble, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,8 +198,11 @@ async def test_old_snapshots_are_deleted_when_asked_and_nobody_elses(
     for name in (*old[:2], current, theirs, *old[2:]):
         daytona.add_snapshot(name, {})
     daytona.page = 2
+    daytona.add_snapshot("sandboxes-ffffffffffffffff", {})
+    daytona.snapshots["sandboxes-ffffffffffffffff"]["state"] = "removing"
     assert await bake.prune(settings(daytona)) == 0
-    assert sorted(daytona.snapshots) == sorted([current, theirs])
+    await until(lambda: len(daytona.snapshots) == 3)
+    assert sorted(daytona.snapshots) == sorted([current, theirs, "sandboxes-ffffffffffffffff"])
     assert "4 old snapshots deleted" in capsys.readouterr().out
 
 
@@ -143,6 +210,24 @@ def test_what_it_would_bake_can_be_shown(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("sys.argv", ["bake.py", "--show"])
     assert bake.main() == 0
     assert capsys.readouterr().out == f"# {image.name()}\n{image.dockerfile()}\n"
+    monkeypatch.setenv("DAYTONA_CPU", "2")
+    assert bake.main() == 0
+    assert capsys.readouterr().out.startswith(f"# {image.name(2)}\n")
+
+
+def test_interrupted_it_says_what_goes_on(daytona: DaytonaDouble, tmp_path: Path) -> None:
+    daytona.add_snapshot(image.name(), {})
+    daytona.snapshots[image.name()]["state"] = "building"
+    environ = {**os.environ, "DAYTONA_API_KEY": daytona.key, "DAYTONA_API_URL": daytona.url}
+    arguments = [sys.executable, str(FOLDER.path / "bake.py")]
+    with subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as baking:
+        assert baking.stdout is not None
+        assert "is building: waiting" in baking.stdout.readline()
+        baking.send_signal(signal.SIGINT)
+        said = baking.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert baking.returncode == 130, said
+    assert "the same command again waits for it" in said
+    assert "Traceback" not in said
 
 
 async def test_a_refused_key_is_told(daytona: DaytonaDouble, capsys: pytest.CaptureFixture[str]) -> None:

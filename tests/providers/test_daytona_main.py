@@ -99,10 +99,10 @@ class Server:
             return self.ask("/healthz")[0] == 200
         return False
 
-    def end(self) -> float:
+    def end(self, by: signal.Signals = signal.SIGTERM) -> float:
         """Tells it to end; how many seconds it took."""
         began = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(by)
         self.process.wait(PATIENCE_SECONDS)
         return time.monotonic() - began
 
@@ -188,9 +188,18 @@ def test_told_to_end_it_gives_back_what_it_cannot_finish(
         emulator.say(session, "!echo late")
         until(daytona.existing)
         assert server.end() < TOLD_TO_END_SECONDS
+        assert "action=stopped" in server.log
         assert "Traceback" not in server.log
     assert emulator.work(session)["state"] == "queued"
     assert not [each for each in emulator.requests if each.operation == "work.ack"]
+
+
+def test_interrupted_it_ends_in_order(emulator: Emulator, daytona: DaytonaDouble, tmp_path: Path) -> None:
+    """Ctrl-C is the server's, and not for the event stream of Daytona's client, which would cancel everything."""
+    with serving(environ(emulator, daytona), tmp_path) as server:
+        until(lambda: daytona.count("list"))
+        server.end(signal.SIGINT)
+        assert "action=stopped" in server.log
 
 
 def test_two_replicas_serve_each_session_once_and_one_may_be_killed(
@@ -247,6 +256,19 @@ async def test_the_status_page_is_for_who_has_the_key(
         daytona.key = "dtn_changed"
         shown = (await client.get("/status", headers=key)).json()
         assert (shown["sandboxes"], shown["queue"]["depth"]) == (None, 0)  # it says what it can
+
+
+async def test_the_status_page_waits_for_nobody_for_long(
+    emulator: Emulator, daytona: DaytonaDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with in_process(environ(emulator, daytona)) as client:
+        await asyncio.to_thread(until, lambda: daytona.count("list"))
+        emulator.fault("work.stats", "delay", None, seconds=3600.0)
+        monkeypatch.setattr(FOLDER.module("main"), "_STATUS_SECONDS", 1.0)
+        async with asyncio.timeout(25.0):  # the client's own patience with one call is 30 s
+            shown = (await client.get("/status", headers={"authorization": f"Bearer {STATUS_KEY}"})).json()
+        assert (shown["sandboxes"], shown["queue"]) == ([], None)
+        emulator.clear_faults()
 
 
 async def test_without_a_key_there_is_no_status_page_and_a_stranger_gets_nothing(

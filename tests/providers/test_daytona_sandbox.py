@@ -62,6 +62,38 @@ async def test_a_missing_snapshot_is_named_with_the_cure(daytona: DaytonaDouble)
     assert "python bake.py" in str(error)
 
 
+async def test_an_inactive_snapshot_is_activated(daytona: DaytonaDouble) -> None:
+    daytona.snapshots[SNAPSHOT]["state"] = "inactive"
+    daytona.seconds["activate"] = 0.5
+    async with provided(daytona) as provider:
+        errors = await asyncio.gather(*(refused(provider.acquire(f"sesn_{number}")) for number in range(2)))
+        assert all(error.retriable for error in errors)
+        assert {str(error) for error in errors} <= {
+            f"the snapshot {SNAPSHOT} was inactive and is being activated",
+            f"the snapshot {SNAPSHOT} is pending",
+        }
+        await until(lambda: daytona.snapshots[SNAPSHOT]["state"] == "active")
+        assert (await provider.acquire(SESSION)).created
+    assert daytona.count("snapshot.activate", 200) == 1
+
+
+async def test_a_snapshot_that_the_key_may_not_activate_is_named_with_the_cure(daytona: DaytonaDouble) -> None:
+    daytona.snapshots[SNAPSHOT]["state"] = "inactive"
+    daytona.fault("snapshot.activate", "fail", status=403)
+    async with provided(daytona) as provider:
+        error = await refused(provider.acquire(SESSION))
+    assert not error.retriable
+    assert "run `python bake.py`" in str(error)
+
+
+@pytest.mark.parametrize("state", ["pending", "building", "pulling", "snapshotting"])
+async def test_a_snapshot_that_is_just_being_made_is_tried_again(daytona: DaytonaDouble, state: str) -> None:
+    daytona.snapshots[SNAPSHOT]["state"] = state
+    async with provided(daytona) as provider:
+        assert (await refused(provider.acquire(SESSION))).retriable
+    assert daytona.count("snapshot.activate") == 0
+
+
 async def test_an_exhausted_quota_is_named(daytona: DaytonaDouble) -> None:
     daytona.quota = 1
     async with provided(daytona) as provider:
@@ -324,6 +356,18 @@ async def test_a_runner_whose_job_may_not_have_arrived_is_ended(daytona: Daytona
         assert (await refused(sandbox.start(Launch(stdin=b"{}")))).retriable
         assert await sandbox._sandbox.process.list_sessions() == []
         assert "runner.py" not in (await sandbox._sandbox.process.exec("cat /proc/[0-9]*/cmdline")).result
+
+
+async def test_a_runner_whose_launch_is_cancelled_before_it_has_its_job_is_ended(daytona: DaytonaDouble) -> None:
+    async with provided(daytona, **stand_in(daytona)) as provider:
+        sandbox = await provider.acquire(SESSION)
+        daytona.fault("session.input", "hang", seconds=3600.0)
+        starting = asyncio.create_task(sandbox.start(Launch(stdin=b"{}")))
+        await until(lambda: daytona.count("session.exec") == 1)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert await sandbox._sandbox.process.list_sessions() == []
 
 
 async def test_a_runner_that_ends_at_once_is_a_failed_start_with_its_last_words(daytona: DaytonaDouble) -> None:
