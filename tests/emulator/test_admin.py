@@ -164,7 +164,13 @@ def test_a_wait_ends_with_a_timeout(admin: AdminClient) -> None:
         ("POST", "/faults", {"operation": "work.ack", "kind": "drop", "often": 1}, "400: often: not a body field"),
         ("POST", "/stream-cuts", {"after_events": -1}, "400: after_events"),
         ("POST", "/webhook-faults", {"kind": "lose", "count": 0}, "400: count"),
+        ("POST", "/faults", {"operation": "*", "kind": "delay", "seconds": 1e300}, "400: seconds: 1e+300 is not"),
+        ("POST", "/webhook-faults", {"kind": "delay", "seconds": 1e300}, "400: seconds: 1e+300 is not"),
         ("POST", "/clock", {"advance": -1}, "400: the clock only goes forward"),
+        ("POST", "/clock", {"advance": 1e12}, "400: advance: "),
+        ("POST", "/clock", {"advance": 1e9, "skew": 60}, "400: advance: "),
+        ("POST", "/clock", {"advance": 60, "skew": 1e12}, "400: skew: "),
+        ("POST", "/script", {"steps": [{"sleep": 1e300}]}, "400: steps.0.sleep: 1e+300 is not"),
         ("POST", "/switches", {"gravity": 1}, "400: gravity: not a switch"),
         ("POST", "/webhooks", {"url": "ftp://x"}, "400: webhook URL 'ftp://x'"),
         ("POST", "/webhooks", {"enabled": False}, "400: enabled: "),
@@ -176,10 +182,38 @@ def test_a_wait_ends_with_a_timeout(admin: AdminClient) -> None:
         ("GET", "/everything", None, "404: GET /_emulator/everything is not an endpoint"),
     ],
 )
-def test_a_refusal_names_what_is_wrong(admin: AdminClient, method: str, path: str, body: Any, complaint: str) -> None:
+def test_a_refusal_names_what_is_wrong_and_changes_nothing(
+    emulator: Emulator, admin: AdminClient, method: str, path: str, body: Any, complaint: str
+) -> None:
     with pytest.raises(AdminError) as refusal:
         admin._request(method, path, **({} if body is None else {"json": body}))
     assert str(refusal.value).startswith(complaint)
+    assert emulator.faults() == []
+    assert (emulator.clock.advanced, emulator.clock.skew) == (timedelta(), timedelta())
+
+
+@pytest.mark.parametrize("seconds", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_number_is_refused_and_changes_nothing(emulator: Emulator, seconds: str) -> None:
+    """JSON has none of these, Python's reader takes them."""
+    headers = {"content-type": "application/json"}
+    bodies = {
+        "faults": f'{{"operation": "*", "kind": "delay", "seconds": {seconds}, "count": null}}',
+        "webhook-faults": f'{{"kind": "delay", "seconds": {seconds}}}',
+        "clock": f'{{"skew": {seconds}}}',
+    }
+    with httpx2.Client(base_url=emulator.url) as http:
+        for path, body in bodies.items():
+            assert http.post(f"/_emulator/{path}", content=body, headers=headers).status_code == 400, path
+        assert http.post("/_emulator/clock", content=f'{{"advance": {seconds}}}', headers=headers).status_code == 400
+    assert emulator.faults() == []
+    assert (emulator.clock.advanced, emulator.clock.skew) == (timedelta(), timedelta())
+
+
+def test_the_clock_goes_ten_years_ahead_in_all(admin: AdminClient) -> None:
+    admin.advance(9 * 365 * 86400)
+    with pytest.raises(AdminError, match="within ten years"):
+        admin.advance(2 * 365 * 86400)
+    admin.create_session()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import httpx2
@@ -9,7 +10,7 @@ import pytest
 from anthropic import AsyncAnthropic, NotFoundError
 
 from tests.emulator.support import bearer, error_of, work_path
-from tools.emulator import Emulator
+from tools.emulator import Emulator, requests
 
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hi"}]}
 
@@ -58,6 +59,7 @@ def test_an_unknown_route_is_named(
         ("block_ms=1000", "block_ms: Input should be less than or equal to 999"),
         ("block_ms=soon", "block_ms: Input should be a valid integer"),
         ("reclaim_older_than_ms=-1", "reclaim_older_than_ms: "),
+        (f"reclaim_older_than_ms={10**20}", "reclaim_older_than_ms: "),
         ("reclaim_older_than_ms=1&reclaim_older_than_ms=2", "reclaim_older_than_ms: given more than once"),
         ("worker=1", "worker: not a query field this emulator knows"),
         ("beta=false", "beta: not a query field this emulator knows"),
@@ -130,3 +132,21 @@ def test_a_session_needs_an_agent_and_an_environment_that_exist(emulator: Emulat
     second = {"type": "agent", "id": emulator.agent_id, "version": 2}
     body = {"agent": second, "environment_id": emulator.environment_id}
     assert http.post("/v1/sessions", json=body, headers=headers).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/sessions", "/_emulator/clock"])
+def test_a_body_that_is_too_large_is_refused_before_all_of_it_is_here(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """As it says itself, or as it is counted."""
+    monkeypatch.setattr(requests, "MAX_BODY_BYTES", 1000)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {emulator.api_key}\r\n"
+    head += f"Anthropic-Beta: {requests.BETA}\r\nContent-Type: application/json\r\n"
+    for more in (f"Content-Length: {10**9}\r\n\r\n", f"Transfer-Encoding: chunked\r\n\r\n7d0\r\n{'a' * 2000}\r\n"):
+        with socket.create_connection(("127.0.0.1", httpx2.URL(emulator.url).port), timeout=60.0) as connection:
+            connection.sendall((head + more).encode())
+            answer = connection.recv(65536).decode()
+            while "larger than" not in answer and (rest := connection.recv(65536)):
+                answer += rest.decode()
+        assert answer.startswith("HTTP/1.1 400")
+        assert "body: larger than 1000 bytes" in answer

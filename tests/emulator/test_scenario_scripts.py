@@ -51,6 +51,11 @@ def test_every_step_can_be_spelled() -> None:
     ]
 
 
+def nested(times: Any, steps: list[Any]) -> dict[str, Any]:
+    """More than anybody could wait for, when it is carried out."""
+    return {"repeat": {"times": 100_000, "steps": [{"repeat": {"times": times, "steps": steps}}]}}
+
+
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
@@ -68,6 +73,13 @@ def test_every_step_can_be_spelled() -> None:
         ([{"expect": {"is_error": "no"}}], "steps.0.expect.is_error: not a bool"),
         ([{"expect": {"matches": "("}}], "steps.0.expect.matches: "),
         ([{"repeat": {"times": 0, "steps": []}}], "steps.0.repeat.times: "),
+        ([{"sleep": float("nan")}], "steps.0.sleep: nan is not a number of seconds within ten years"),
+        ([nested("{{ n }}", ["end"])], "steps.0.repeat: becomes more than"),
+        ([nested(100_000, [])], "steps.0.repeat: becomes more than"),
+        (
+            [nested(1, [{"delegate": {"agent": "a", "message": "b", "steps": [nested(100_000, ["end"])]}}])],
+            "steps.0.repeat: becomes more than",
+        ),
         ([{"repeat": {"steps": []}}], "steps.0.repeat: needs times and steps"),
         ([{"delegate": {"agent": "a"}}], "steps.0.delegate: needs agent, message and steps"),
     ],

@@ -37,6 +37,7 @@ from .faults import ANY_OPERATION
 from .guard import check_origin
 from .live import overview_stream, session_stream, webhooks
 from .params import EventsBody, Params, json_object, parse
+from .requests import body_of
 from .routes import OPERATIONS
 from .scripts_yaml import steps_of
 from .state.ids import new_id
@@ -100,10 +101,10 @@ class Admin:
 
     async def clock(self, request: Request) -> Json:
         body = await _body(request, ClockBody)
-        if body.skew is not None:
-            self._emulator.skew(body.skew)
         if body.advance is not None:
             self._emulator.advance(body.advance)
+        if body.skew is not None:
+            self._emulator.skew(body.skew)
         return {"now": self._emulator.now(), "skew": self._emulator.clock.skew.total_seconds()}
 
     async def switches(self, request: Request) -> Json:
@@ -264,7 +265,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
 
 
 async def _object(request: Request) -> Json:
-    content = await request.body()
+    content = await body_of(request)
     if not content:
         return {}
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":

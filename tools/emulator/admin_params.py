@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from .clock import MOST_SECONDS
 from .params import Params
 from .watch import Awaited
 
@@ -35,7 +36,7 @@ class WebhookFaultBody(Params):
 
 class ClockBody(Params):
     advance: float | None = None
-    skew: float | None = None
+    skew: float | None = Field(default=None, ge=-MOST_SECONDS, le=MOST_SECONDS)
 
 
 class WebhooksBody(Params):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .clock import span
+
 Permission = Literal["allow", "ask", "deny"]
 
 
@@ -41,6 +43,9 @@ class Sleep:
     """The model thinks for so many seconds of the emulator's clock; the session stays `running`."""
 
     seconds: float
+
+    def __post_init__(self) -> None:
+        span(self.seconds)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,15 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+MOST_SECONDS = 10 * 365 * 86400.0
+
+
+def span(seconds: float, name: str = "seconds") -> timedelta:
+    """ValueError for what is further from now than ten years: of dates there is an end."""
+    if not abs(seconds) <= MOST_SECONDS:  # neither is nan
+        raise ValueError(f"{name}: {seconds} is not a number of seconds within ten years")
+    return timedelta(seconds=seconds)
+
 
 class Clock:
     """Real time that never runs backwards, plus everything `advance` added.
@@ -29,11 +38,12 @@ class Clock:
             return self._start + timedelta(seconds=time.monotonic() - self._zero) + self._offset
 
     def advance(self, seconds: float) -> None:
-        """Jump `seconds` ahead (ValueError when negative: leases would come back to life)."""
+        """Jump `seconds` ahead. ValueError when negative, as leases would come back to life, and when it is then more
+        than ten years ahead."""
         if seconds < 0:
             raise ValueError("the clock only goes forward")
         with self._lock:
-            self._offset += timedelta(seconds=seconds)
+            self._offset = span(self._offset.total_seconds() + seconds, "advance")
             listeners = list(self._listeners)
         for listener in listeners:
             listener()

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
+from .clock import span
 from .engine import Engine
 from .state.ids import new_id
 
@@ -51,6 +52,7 @@ class Fault:
             raise ValueError(f"status: {self.status} is no failure (400 to 599)")
         if self.kind.startswith("delay") and self.seconds <= 0:
             raise ValueError(f"seconds: {self.kind} needs a positive number")
+        span(self.seconds)
         if self.after < 0:
             raise ValueError("after: not negative")
 
@@ -222,8 +224,8 @@ class Faults:
             if self._is_broken(stream):
                 return
             async for frame in frames:
+                stream.sent += not frame.startswith(_PING)  # before the client can know of it
                 yield frame
-                stream.sent += not frame.startswith(_PING)
                 if self._is_broken(stream):
                     return
         finally:

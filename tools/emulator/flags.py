@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any, TypeVar
 
 import yaml
@@ -42,7 +43,16 @@ def _variable(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: its value is not YAML: put it into quotes") from error
+
+
+def _environment_id(text: str) -> str:
+    if not re.fullmatch(r"[\w\-]+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, _ and - only: it is a part of paths")
+    return text
 
 
 def _fault(text: str) -> FaultBody:
@@ -78,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=8700, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--allow-remote", action="store_true", help="permit a --host other machines can reach")
-    parser.add_argument("--environment-id", metavar="ID")
+    parser.add_argument("--environment-id", type=_environment_id, metavar="ID")
     parser.add_argument("--environment-key", metavar="KEY", help="what workers poll with")
     parser.add_argument("--api-key", metavar="KEY", help="what creates sessions")
     parser.add_argument("--webhook-url", metavar="URL", help="where webhooks go, http and loopback allowed")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from .clock import MOST_SECONDS
 from .errors import Invalid
 
 MAX_TTL_SECONDS = 3600  # a limit of ours: how the server clamps desired_ttl_seconds is open
@@ -34,7 +35,7 @@ class NoParams(Params):
 
 class PollQuery(Params):
     block_ms: int | None = Field(default=None, ge=1, le=999)
-    reclaim_older_than_ms: int = Field(default=5000, ge=0)
+    reclaim_older_than_ms: int = Field(default=5000, ge=0, le=int(MOST_SECONDS * 1000))
 
 
 class HeartbeatQuery(Params):

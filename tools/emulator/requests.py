@@ -157,10 +157,7 @@ class Control:
             self.credentials.authorise(credential, operation, request.path_params, self.engine.world)
         if request.url.path.startswith("/v1/sessions") and BETA not in request.headers.get("anthropic-beta", ""):
             raise NotFound(f"{request.url.path} needs the header anthropic-beta: {BETA}")  # documented: 404 without it
-        body = await request.body()
-        if len(body) > MAX_BODY_BYTES:
-            raise Invalid(f"body: larger than {MAX_BODY_BYTES} bytes")
-        return Call(request, body, credential, self)
+        return Call(request, await body_of(request), credential, self)
 
     def _finish(
         self, request: Request, operation: str | None, response: Response, request_id: str, fault: Fault | None
@@ -187,6 +184,20 @@ class Control:
         self._log.append(record)
         self.engine.ring()
         return response
+
+
+async def body_of(request: Request) -> bytes:
+    """The body; Invalid as soon as it is too large, not when all of it is here. It may be asked for again."""
+    if (read := getattr(request.state, "body", None)) is None:
+        read = bytearray()
+        if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
+            raise Invalid(f"body: larger than {MAX_BODY_BYTES} bytes")
+        async for chunk in request.stream():
+            read += chunk
+            if len(read) > MAX_BODY_BYTES:
+                raise Invalid(f"body: larger than {MAX_BODY_BYTES} bytes")
+        request.state.body = read
+    return bytes(read)
 
 
 def _credential_of(request: Request) -> str | None:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .agents import Call, Results, Step, ToolResult, delegate, end, error, repeat_output, say, sleep, tools
+from .clock import span
 
 FAILED = "expectation failed: "
 MAX_REPETITIONS = 100_000
+MAX_STEPS = 1_000_000
 REPETITION = "n"
 _EXCERPT = 300
 _VARIABLE = re.compile(r"\{\{ *(\w+) *\}\}")
@@ -94,7 +96,8 @@ def _steps(data: Any, where: str) -> list[Step]:
         case "error":
             return [error(text_in(value, f"{where}.error"))]
         case "sleep":
-            return [sleep(number_in(value, f"{where}.sleep"))]
+            span(number_in(value, f"{where}.sleep"), f"{where}.sleep")
+            return [sleep(value)]
         case "tools":
             if not isinstance(value, list) or not value:
                 raise ValueError(f"{where}.tools: not a list of calls")
@@ -174,7 +177,21 @@ def repeated(data: Any, where: str) -> list[Any]:
     times = data["times"]
     if type(times) is not int or not 1 <= times <= MAX_REPETITIONS:
         raise ValueError(f"{where}.times: not a whole number between 1 and {MAX_REPETITIONS}")
+    if _size(data) > MAX_STEPS:
+        raise ValueError(f"{where}: becomes more than {MAX_STEPS} steps")
     return [filled(data["steps"], {REPETITION: n}) for n in range(1, times + 1)]
+
+
+def _size(data: Any, most: int = 1) -> int:
+    """How many steps `data` becomes at most; `most`: what the `{{ n }}` around it counts to."""
+    if isinstance(data, list):
+        return max(1, sum(_size(each, most) for each in data))
+    if not isinstance(data, dict):
+        return 1
+    if set(data) == {"times", "steps"}:
+        times = data["times"] if type(data["times"]) is int else most
+        return times * _size(data["steps"], max(times, most))
+    return max(1, sum(_size(each, most) for each in data.values() if isinstance(each, dict | list)))
 
 
 def filled(data: Any, variables: Mapping[str, Any]) -> Any:

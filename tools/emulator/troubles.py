@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from . import replies
-from .clock import Clock
+from .clock import Clock, span
 from .engine import Engine
 from .faults import Cut, Fault, Faults, Kind
 from .switches import Switches
@@ -101,10 +101,12 @@ class Troubles:
     def skew(self, seconds: float) -> None:
         """Show clients a clock that is off by so much (0: right again): `date` headers, timestamps, webhooks.
 
-        Leases and sleeps do not notice, and the methods of this object show the true time.
+        Leases and sleeps do not notice, and the methods of this object show the true time. ValueError when it is off by
+        more than ten years.
         """
+        skew = span(seconds, "skew")
         with self._engine.transact():
-            self.clock.skew = timedelta(seconds=seconds)
+            self.clock.skew = skew
 
     # The queue and the truth
 

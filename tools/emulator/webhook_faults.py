@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from .clock import span
 from .state.ids import new_id
 
 WebhookFaultKind = Literal["lose", "delay", "duplicate", "reorder"]
@@ -31,6 +32,7 @@ class WebhookFault:
             raise ValueError("count: at least 1")
         if self.kind == "delay" and self.seconds <= 0:
             raise ValueError("seconds: delay needs a positive number")
+        span(self.seconds)
 
     def shown(self) -> dict[str, Any]:
         return {"on": "webhook", **asdict(self)}
