@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 from _shared import handler, log, worker
 from _shared.dispatcher import Dispatcher, open_client
 from _shared.errors import SandboxesError
-from _shared.settings import Settings
+from _shared.settings import Settings, port
 from _shared.webhook import Verifier
 from sandbox import LocalProvider, open_provider
 
@@ -112,7 +112,7 @@ def main() -> int:
     """The command line. Exit codes: 0 told to stop, 1 the poller failed, 2 a setting is wrong."""
     parser = argparse.ArgumentParser(description="Serves webhooks and polls. Settings: see README.md.")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="the port, 0 for a free one (%(default)s)")
+    parser.add_argument("--port", type=port, default=8080, help="the port, 0 for a free one (%(default)s)")
     parser.add_argument("--no-poll", action="store_true", help="rely on webhooks and the sweep each minute")
     options = parser.parse_args()
     log.configure()
@@ -131,8 +131,8 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has shut down in order
         signal.signal(number, leave)
-    address, port = listener.getsockname()[:2]
-    sys.stdout.write(f"listening on http://{address}:{port}\n")
+    address, bound = listener.getsockname()[:2]
+    sys.stdout.write(f"listening on http://{address}:{bound}\n")
     sys.stdout.flush()
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=_CLOSE_CONNECTIONS_SECONDS

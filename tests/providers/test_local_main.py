@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.folders import load_folder
 from tests.providers.local_support import LOCAL, processes
 from tools.emulator import Emulator, call, end, repeat_output, tools
 
@@ -27,6 +28,18 @@ PATIENCE_SECONDS = 60.0
 def emulator() -> Iterator[Emulator]:
     with Emulator() as emulator:
         yield emulator
+
+
+@pytest.mark.parametrize("folder", ["local", "docker", "daytona"])
+@pytest.mark.parametrize("port", ["99999", "-1", "http"])
+def test_what_is_no_port_is_refused_in_one_line(
+    folder: str, port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py", f"--port={port}"])
+    with pytest.raises(SystemExit) as end:
+        load_folder(folder).module("main").main()
+    assert end.value.code == 2
+    assert f"argument --port: invalid port value: '{port}'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def environ(emulator: Emulator, tmp_path: Path, **settings: str) -> dict[str, str]:

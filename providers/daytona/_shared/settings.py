@@ -53,6 +53,14 @@ def count(value: str) -> int:
     return number
 
 
+def port(value: str) -> int:
+    """A port to listen on, 0 for a free one."""
+    number = int(value)
+    if not 0 <= number <= 65535:
+        raise ValueError("expected 0 to 65535")
+    return number
+
+
 def seconds(value: str) -> float:
     """A number of seconds, 0 or more."""
     number = float(value)
@@ -175,12 +183,13 @@ class Settings:
     )
     max_live: int = setting(
         "SANDBOX_MAX_LIVE",
-        "At most this many running sandboxes; more work waits in the queue.",
+        "At most this many running sandboxes; more work waits in the queue. Each process counts the environment's every"
+        " 15 seconds: several that launch at once may go beyond it.",
         parse=count,
         default=100,
     )
     launch_concurrency: int = setting(
-        "SANDBOX_LAUNCH_CONCURRENCY", "At most this many launches at once.", parse=count, default=10
+        "SANDBOX_LAUNCH_CONCURRENCY", "At most this many launches at once, in each process.", parse=count, default=10
     )
     max_idle_seconds: float = setting(
         "SANDBOX_MAX_IDLE_SECONDS",
