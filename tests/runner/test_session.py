@@ -158,9 +158,10 @@ async def test_a_terminated_session_is_stopped_without_running_anything(
     emulator.say(session_id, "!echo no")
     emulator.archive_session(session_id)
     runner = await in_process(emulator, emulator.url, tmp_path)
-    assert (await runner.run())[0] == EXIT_OK
+    assert await runner.run() == IDLE
     assert emulator.work(session_id)["state"] == "stopped"
     assert not runner.events("tool")
+    assert not runner.events("retry")  # at once, and not because nothing else helped
 
 
 async def test_a_deleted_session_ends_the_runner(emulator: Emulator, session_id: str, tmp_path: Path) -> None:
