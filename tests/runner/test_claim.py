@@ -247,6 +247,24 @@ async def test_a_lease_without_an_answer_for_its_whole_time_is_lost(
     assert operations(emulator, "work.stop") == []
 
 
+@pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
+async def test_a_runner_that_is_told_to_leave_does_not_stop_what_another_one_serves(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    """Also where nothing is compared, because that one is to stop."""
+    first = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="30")
+    running = first.start()
+    await wait_idle(emulator, session_id)
+    emulator.advance(400)
+    job = parse_job(await job_values(emulator, emulator.url))
+    async with open_api(job) as api:
+        await ack_and_claim(api, job, Lease(on_beat=lambda _: None))
+    emulator.stop_work(session_id)
+    first.session.leave()
+    assert await running == (EXIT_LEASE_LOST, "the lease was lost")
+    assert proxy.count("stop") == 0
+
+
 @pytest.mark.parametrize("status", [401, 404])
 async def test_a_refused_beat_is_a_lost_lease(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, status: int
