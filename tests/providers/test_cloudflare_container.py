@@ -205,7 +205,9 @@ def test_half_of_a_save_is_never_restored(talk: Talk) -> None:
     talk.until_logged("not_saved")
     docker("kill", container)
     talk.until_logged("sandbox_lost")
-    assert talk.ask("cat file.txt; ls").splitlines() == ["whole", "file.txt", "session"]
+    whole, told, *names = talk.ask("cat file.txt inputs/ERRORS.txt; ls").splitlines()
+    assert (whole, names) == ("whole", ["file.txt", "inputs", "session"])
+    assert told.startswith("files: your container ended before your files were saved")
 
 
 def test_more_than_is_kept_is_not_saved_and_the_log_says_so(talk: Talk) -> None:
@@ -239,7 +241,9 @@ def test_without_a_bucket_files_end_with_the_container_and_the_log_says_so(folde
         talk.ask("touch file.txt")
         assert "the files end with the container" in talk.until_logged("not_saved")
         dev.until_no_containers()
-        assert talk.ask("ls") == "(no output)"
+        told, *names = talk.ask("cat inputs/ERRORS.txt; ls").splitlines()
+        assert "keeps no files between containers" in told
+        assert names == ["inputs"]
         assert {record.credential for record in talk.requests("events.send")} == {"environment_key"}
         assert emulator.environment_key not in dev.log
 
