@@ -31,7 +31,7 @@ def _runner(value: str) -> str:
 
 def _engine_url(value: str) -> str:
     if not re.match(r"(unix|tcp|https?)://.", value):
-        raise ValueError("expected unix:///path/to/docker.sock or tcp://host:port")
+        raise ValueError("expected unix:///path/to/docker.sock, tcp://host:port or https://host:port")
     return value
 
 
@@ -39,7 +39,13 @@ def _engine_url(value: str) -> str:
 class DockerSettings:
     """What this provider needs beside the shared settings."""
 
-    host: str = setting("DOCKER_HOST", "The Docker Engine.", parse=_engine_url, default="unix:///var/run/docker.sock")
+    host: str = setting(
+        "DOCKER_HOST",
+        "The Docker Engine: `unix://`, `tcp://` or `https://`. With TLS as for Docker's own client: `tcp://`,"
+        " `DOCKER_TLS_VERIFY=1` and `DOCKER_CERT_PATH`.",
+        parse=_engine_url,
+        default="unix:///var/run/docker.sock",
+    )
     image: str = setting(
         "DOCKER_IMAGE", "The sandboxes' image, made by this folder's Dockerfile.", default="sandboxes-docker"
     )

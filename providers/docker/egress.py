@@ -161,9 +161,15 @@ class Proxy:
         failure = "no address"
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                for address in await _resolve(head.host, head.port, private=not all(rule.below for rule in rules)):
+                until = time.monotonic() + CONNECT_SECONDS
+                addresses = await _resolve(head.host, head.port, private=not all(rule.below for rule in rules))
+                for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
                     try:
-                        return await asyncio.open_connection(address, head.port)
+                        share = (until - time.monotonic()) / left  # one that is silent leaves time for the others
+                        async with asyncio.timeout(share):
+                            return await asyncio.open_connection(address, head.port)
+                    except TimeoutError:
+                        failure = "no answer in time"
                     except OSError as error:
                         failure = error.strerror or type(error).__name__
         except TimeoutError:

@@ -11,6 +11,7 @@ from typing import Any
 import aiodocker
 import aiohttp
 from aiodocker.containers import DockerContainer
+from aiodocker.volumes import DockerVolume
 
 from _shared.errors import LaunchFailed
 
@@ -128,14 +129,20 @@ class Engine:
         """Every volume with these labels."""
         return (await self.docker.volumes.list(filters={"label": list(labels)}))["Volumes"] or []
 
-    async def create_volume(self, spec: dict[str, Any]) -> None:
-        """Creates a volume; one of that name is fine."""
-        await self.docker.volumes.create(spec)
+    async def volume(self, name: str) -> dict[str, Any] | None:
+        """What the Engine knows of a volume."""
+        with _absent():
+            return dict(await DockerVolume(self.docker, name).show())
+        return None
+
+    async def create_volume(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Creates a volume, or finds the one of that name. What it is."""
+        return dict(await (await self.docker.volumes.create(spec)).show())
 
     async def remove_volume(self, name: str) -> None:
         """Removes a volume. One that is gone, or in use, is left alone."""
         with _absent(409):
-            await (await self.docker.volumes.get(name)).delete()
+            await DockerVolume(self.docker, name).delete()
 
     async def log(self, name: str, lines: int) -> str:
         """The end of a container's log."""

@@ -131,6 +131,8 @@ class DockerProvider:
             is_outdated = not _is_made_of(found, spec)
             if found["State"]["Status"] == "created" and not is_outdated:  # its maker is about to start it, or is dead
                 await self._engine.start(name)
+            elif found["State"]["Paused"]:
+                raise LaunchFailed(f"somebody paused the sandbox: `docker unpause {name}`", retriable=False)
             elif not found["State"]["Running"]:
                 await self._engine.remove(found["Id"])  # by its id: the name may be another's by now
                 return None
@@ -162,6 +164,8 @@ class DockerProvider:
             sessions.add(session_id)
             running = entry["State"] not in _ENDED
             yield SandboxInfo(session_id, self._names.sandbox(session_id), float(entry["Created"]), last, running)
+        kept = {volume["Labels"][containers.SESSION] for volume in volumes}
+        self._first_seen = {each: at for each, at in self._first_seen.items() if each in kept - sessions}
         for volume in volumes:
             session_id = volume["Labels"][containers.SESSION]
             if session_id not in sessions:
@@ -180,7 +184,10 @@ class DockerProvider:
                 await self._engine.stop(found["Id"], self._stop_seconds)
                 await self._engine.remove(found["Id"], force=True)
             for part in (containers.HOME, containers.WORKSPACE):  # `sandboxes` finds what is left by the second
-                await self._engine.remove_volume(self._names.volume(sandbox_id, part))
+                name = self._names.volume(sandbox_id, part)
+                if (volume := await self._engine.volume(name)) is not None:
+                    self._refuse_strangers_volume(name, volume)
+                    await self._engine.remove_volume(name)
 
     async def has_runner(self, session_id: str) -> bool:
         """Whether somebody serves the session. A sandbox that runs and does not answer counts: without a runner it
@@ -216,7 +223,7 @@ class DockerProvider:
         for part in (containers.WORKSPACE, containers.HOME):
             labels = self._names.labels(part, session_id)
             volume = containers.volume(self._names.volume(name, part), labels, self._limits.disk_mb)
-            await self._engine.create_volume(volume)
+            self._refuse_strangers_volume(volume["Name"], await self._engine.create_volume(volume))
         return await self._engine.create(name, spec)
 
     async def _ensure_egress(self, image: str) -> None:
@@ -232,15 +239,23 @@ class DockerProvider:
                 found = None
             with racing():  # another worker does the same
                 if found is None:
-                    await self._engine.create_volume(containers.volume(name, self._names.labels("egress")))
+                    volume = containers.volume(name, self._names.labels("egress"))
+                    self._refuse_strangers_volume(name, await self._engine.create_volume(volume))
                     await self._engine.create(name, spec)
                 if found is None or not found["State"]["Running"]:
                     await self._engine.start(name)
 
     def _refuse_strangers(self, name: str, found: dict[str, Any]) -> None:
         """Raises `LaunchFailed` for a container that has one of our names and is none of ours."""
-        if found["Config"]["Labels"].get(containers.NAMESPACE) != self._names.namespace:
-            text = f"the name {name} is taken by a container that is none of this environment's: remove or rename it"
+        self._refuse(name, "container", found["Config"]["Labels"])
+
+    def _refuse_strangers_volume(self, name: str, found: dict[str, Any]) -> None:
+        """As for a container: creating a volume whose name is taken answers with what is there."""
+        self._refuse(name, "volume", found["Labels"] or {})
+
+    def _refuse(self, name: str, kind: str, labels: dict[str, str]) -> None:
+        if labels.get(containers.NAMESPACE) != self._names.namespace:
+            text = f"the name {name} is taken by a {kind} that is none of this environment's: remove or rename it"
             raise LaunchFailed(text, retriable=False)
 
     async def _used_at(self, entry: dict[str, Any], limit: asyncio.Semaphore) -> float:

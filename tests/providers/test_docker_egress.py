@@ -6,6 +6,7 @@ It runs in this process on a Unix socket, as in its container; tests/providers/t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -342,3 +343,25 @@ def test_a_connections_groups_are_those_of_its_maker() -> None:
         accepted, _ = server.accept()
         with accepted:
             assert sorted(egress.groups(accepted)) == sorted(os.getgroups())
+
+
+async def test_an_address_that_does_not_answer_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with an address that swallows what is sent to it, as a broken IPv6 route does."""
+    with socket.create_server(("127.0.0.2", 0), backlog=0) as silent, contextlib.ExitStack() as theirs:
+        port = silent.getsockname()[1]
+        for _ in range(8):  # its queue is full: what comes now is dropped without an answer
+            waiting = theirs.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.2", port))
+        answering = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", port)
+
+        async def resolve(*_: object, **__: object) -> list[str]:
+            return ["127.0.0.2", "127.0.0.1"]
+
+        monkeypatch.setattr(egress, "_resolve", resolve)
+        monkeypatch.setattr(egress, "CONNECT_SECONDS", 4.0)
+        async with answering:
+            proxy = egress.Proxy([Rule.parse(f"example.com:{port}")])
+            _, writer = await proxy._connect(egress.Head("example.com", port, True, b""), 1)
+            assert writer.get_extra_info("peername")[0] == "127.0.0.1"
+            writer.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -274,3 +275,10 @@ async def test_what_is_no_item_is_refused(caplog: pytest.LogCaptureFixture) -> N
     assert "the work item on standard input cannot be read" in caplog.text
     assert await DOCKER.module("on_work").run(b"{}", {}) == 2
     assert "ANTHROPIC_ENVIRONMENT_ID" in caplog.text
+
+
+def test_on_work_without_its_environment_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "on-work").write_bytes((FOLDER / "on-work").read_bytes())
+    done = subprocess.run(["/bin/sh", str(tmp_path / "on-work")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "run uv sync --frozen" in done.stderr

@@ -428,6 +428,33 @@ async def test_a_name_that_somebody_else_has_is_not_taken_from_him(sandboxes: Sa
         docker("rm", "-f", name)
 
 
+@pytest.mark.parametrize("part", ["workspace", "home"])
+async def test_a_volume_that_somebody_else_has_is_neither_mounted_nor_deleted(sandboxes: Sandboxes, part: str) -> None:
+    name = f"{sandboxes.name('sesn_1')}-{part}"
+    docker("volume", "create", "--label", "owner=somebody", name)
+    try:
+        with pytest.raises(LaunchFailed, match=re.escape(f"the name {name} is taken by a volume")) as caught:
+            await sandboxes.provider.acquire("sesn_1")
+        assert not caught.value.retriable
+        with pytest.raises(LaunchFailed, match="is taken by a volume"):
+            await sandboxes.provider.release(sandboxes.name("sesn_1"))
+        assert docker("volume", "inspect", "--format", "{{.Name}}", name).strip() == name
+    finally:
+        docker("volume", "rm", name)
+
+
+async def test_a_paused_sandbox_is_named_with_the_cure(sandboxes: Sandboxes) -> None:
+    await sandboxes.provider.acquire("sesn_1")
+    name = sandboxes.name("sesn_1")
+    docker("pause", name)
+    try:
+        with pytest.raises(LaunchFailed, match=f"`docker unpause {re.escape(name)}`") as caught:
+            await sandboxes.provider.acquire("sesn_1")
+        assert not caught.value.retriable
+    finally:
+        docker("unpause", name)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
