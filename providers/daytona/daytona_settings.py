@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from _shared.settings import count, credential, setting, url
+from _shared.settings import count, credential, hosts, setting, url
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -53,11 +53,12 @@ class DaytonaSettings(Size):
         parse=count,
         default=24 * 60,
     )
-    allowed_hosts: tuple[str, ...] | None = setting(
+    allowed_hosts: tuple[str, ...] = setting(
         "SANDBOX_ALLOWED_HOSTS",
-        "The only domains sandboxes may connect to, separated by commas; the API's is added. Unset: any.",
-        parse=_names,
-        default=None,
+        "What sandboxes may connect to beside the API: host names separated by commas, `*.example.com` for every name"
+        " below one, or `*` for everything. Unset: nothing else.",
+        parse=hosts,
+        default=(),
     )
     volumes: tuple[tuple[str, str], ...] | None = setting(
         "DAYTONA_VOLUMES",

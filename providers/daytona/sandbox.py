@@ -79,7 +79,7 @@ def open_provider(environ: Mapping[str, str], settings: Settings) -> DaytonaProv
         keep_warm_seconds=settings.keep_warm_seconds,
         retention_seconds=settings.retention_seconds,
         archive_minutes=own.archive_minutes,
-        allowed_hosts=sorted({*own.allowed_hosts, api}) if own.allowed_hosts else None,
+        allowed_hosts=None if "*" in own.allowed_hosts else sorted({*own.allowed_hosts, api}),
         volumes=own.volumes or (),
     )
 

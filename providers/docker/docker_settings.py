@@ -11,7 +11,10 @@ from _shared.settings import count, setting
 
 
 def _hosts(value: str) -> tuple[str, ...]:
+    """What `_shared.settings.hosts` takes, and addresses and ports, which our own proxy can tell apart."""
     entries = tuple(entry.strip() for entry in value.split(",") if entry.strip())
+    if not entries:
+        raise ValueError("expected hosts with commas between them")
     egress.parse(entries)
     return entries
 
@@ -75,8 +78,8 @@ class DockerSettings:
     )
     allowed_hosts: tuple[str, ...] = setting(
         "SANDBOX_ALLOWED_HOSTS",
-        "What sandboxes may reach beside the API, separated by commas: `example.com`, `*.example.com`, either with"
-        " `:port`.",
+        "What sandboxes may connect to beside the API: host names separated by commas, `*.example.com` for every name"
+        " below one, either with `:port`, or `*` for everything that is public. Unset: nothing else.",
         parse=_hosts,
         default=(),
     )

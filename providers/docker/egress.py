@@ -3,11 +3,12 @@
     egress.py '{"socket": PATH, "allowed": [HOST, ...]}'
 
 It runs in a container of its own and listens on a Unix socket in a volume that the sandboxes see; they have no network.
-It serves CONNECT (https) and plain http. An allowed name is `host`, `*.domain` (every name below it) or either with
-`:port`; without a port, 443 and 80. Names are resolved here, and what they resolve to is checked here: a name below a
-`*.domain` may be anybody's, and leads to public addresses only; one that was named in full may also lead to a private
-network; none leads to a loopback or a link-local address, where clouds keep their metadata. An address that was allowed
-as an address is allowed. Standard library only, and one file, since it is all that this container runs.
+It serves CONNECT (https) and plain http. An allowed name is `host`, `*.domain` (every name below it), `*` (every host)
+or one of them with `:port`; without a port, 443 and 80. Names are resolved here, and what they resolve to is checked
+here: a name below a `*.domain`, or any with `*`, may be anybody's, and leads to public addresses only; one that was
+named in full may also lead to a private network; none leads to a loopback or a link-local address, where clouds keep
+their metadata. An address that was allowed as an address is allowed. Standard library only, and one file, since it is
+all that this container runs.
 """
 
 from __future__ import annotations
@@ -57,17 +58,19 @@ class Refused(Exception):
 class Rule:
     """One entry of the allow-list."""
 
-    name: str  # a host name, or the text of an IP address
+    name: str  # a host name, or the text of an IP address; empty for the root, which every host is below
     below: bool  # every name below it instead
     ports: frozenset[int]
 
     @classmethod
     def parse(cls, entry: str) -> Rule:
-        """Raises `ValueError` for what is no host, address, `*.domain`, or one of them with a port."""
+        """Raises `ValueError` for what is no host, address, `*.domain`, `*`, or one of them with a port."""
         match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?", entry.strip())
         if not match or not 0 < int(match[2] or 443) < 65536:
             raise ValueError("expected hosts such as example.com, *.example.com or example.com:8443")
         name = match[1].strip("[]").rstrip(".").lower()
+        if match[1] == "*":
+            return cls("", True, frozenset({int(match[2])}) if match[2] else DEFAULT_PORTS)
         below = name.startswith("*.")
         name = name.removeprefix("*.")
         if _address(name) is None and not _NAME.match(name):
@@ -75,7 +78,8 @@ class Rule:
         return cls(name, below, frozenset({int(match[2])}) if match[2] else DEFAULT_PORTS)
 
     def allows(self, host: str, port: int) -> bool:
-        return port in self.ports and (host.endswith(f".{self.name}") if self.below else host == self.name)
+        is_below = not self.name or host.endswith(f".{self.name}")
+        return port in self.ports and (is_below if self.below else host == self.name)
 
 
 def parse(entries: Iterable[str]) -> tuple[Rule, ...]:
@@ -224,7 +228,9 @@ def parse_head(raw: bytes) -> Head:
 async def _resolve(host: str, port: int, *, private: bool) -> list[str]:
     """The addresses to try. Raises `Refused` when none may be."""
     if _address(host) is not None:
-        return [host]  # it was allowed as it stands
+        if not private and not may_be_reached(host, False):  # only `*` allows an address that was not named
+            raise Refused("403 Forbidden", f"{host} is not public, and not in SANDBOX_ALLOWED_HOSTS by itself")
+        return [host]
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:

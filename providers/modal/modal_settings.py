@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from _shared.settings import seconds, setting
+from _shared.settings import hosts, seconds, setting
 
 LONGEST_LIFETIME_SECONDS = 86_400  # Modal's limit
 SHORTEST_LIFETIME_SECONDS = 600
 
 
 def _names(value: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip())
-
-
-def _hosts(value: str) -> tuple[str, ...]:
-    hosts = _names(value)
-    if not all(re.fullmatch(r"(\*\.)?[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", host) for host in hosts):
-        raise ValueError("expected host names separated by commas, without https:// and ports")
-    return hosts
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not names:
+        raise ValueError("expected names with commas between them")
+    return names
 
 
 class Amount(NamedTuple):
@@ -40,6 +35,13 @@ def _amount(value: str) -> Amount:
         raise ValueError(
             "expected a number above 0, or two with a comma: the request, and a limit that is not below it"
         )
+    return amount
+
+
+def _mebibytes(value: str) -> Amount:
+    amount = _amount(value)
+    if not all(number.is_integer() for number in amount):
+        raise ValueError("expected whole numbers of MiB")
     return amount
 
 
@@ -63,7 +65,7 @@ class ModalSettings:
     memory_mb: Amount = setting(
         "SANDBOX_MEMORY_MB",
         "Memory of a sandbox in MiB: what it is sure to get, and after a comma its limit.",
-        parse=_amount,
+        parse=_mebibytes,
         default=Amount(512, 2048),
     )
     gpu: str | None = setting(
@@ -75,12 +77,12 @@ class ModalSettings:
         parse=_names,
         default=None,
     )
-    allowed_hosts: tuple[str, ...] | None = setting(
+    allowed_hosts: tuple[str, ...] = setting(
         "SANDBOX_ALLOWED_HOSTS",
-        "The host names a sandbox may connect to, separated by commas; `*.` in front covers subdomains. The API is"
-        " always among them. Unset: everywhere.",
-        parse=_hosts,
-        default=None,
+        "What sandboxes may connect to beside the API: host names separated by commas, `*.example.com` for every name"
+        " below one, or `*` for everything. Unset: nothing else.",
+        parse=hosts,
+        default=(),
     )
     proxy: str | None = setting(
         "SANDBOX_PROXY", "The name of a Modal Proxy through which sandboxes connect, for a fixed address.", default=None

@@ -248,7 +248,8 @@ class ModalProvider:
     # --- settings ----------------------------------------------------------------------------------------------------
 
     def _allowed(self) -> Sequence[str] | None:
-        if self._own.allowed_hosts is None:
+        """None: everything."""
+        if "*" in self._own.allowed_hosts:
             return None
         return sorted({*self._own.allowed_hosts, urlsplit(self._settings.base_url).hostname or ""})
 

@@ -32,8 +32,7 @@ class Firewall:
 
     def policy(self, rules: tuple[NetworkPolicyRule, ...] = ()) -> NetworkPolicy:
         api = urlsplit(self._settings.base_url).hostname or ""
-        hosts = self._own.allowed_hosts or ()
-        return NetworkPolicy.custom({**dict.fromkeys(hosts, ()), api: rules})
+        return NetworkPolicy.custom({**dict.fromkeys(self._own.allowed_hosts, ()), api: rules})
 
     async def close_off(self, sandbox: Sandbox) -> None:
         """Sets the network policy if the sandbox has another one, as after a change of SANDBOX_ALLOWED_HOSTS."""

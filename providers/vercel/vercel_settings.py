@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from _shared.settings import count, flag, seconds, setting, url
-
-
-def _hosts(value: str) -> tuple[str, ...]:
-    hosts = tuple(host.strip() for host in value.split(",") if host.strip())
-    if not hosts or any("/" in host or ":" in host for host in hosts):
-        raise ValueError("expected host names separated by commas, or *")
-    return hosts
+from _shared.settings import count, flag, hosts, seconds, setting, url
 
 
 @dataclass(frozen=True)
@@ -38,12 +31,12 @@ class VercelSettings:
         parse=seconds,
         default=300.0,
     )
-    allowed_hosts: tuple[str, ...] | None = setting(
+    allowed_hosts: tuple[str, ...] = setting(
         "SANDBOX_ALLOWED_HOSTS",
-        "What a sandbox may connect to besides the API: host names separated by commas (`*.example.com` for all below"
-        " one), or `*` for everything. Unset: nothing else.",
-        parse=_hosts,
-        default=None,
+        "What sandboxes may connect to beside the API: host names separated by commas, `*.example.com` for every name"
+        " below one, or `*` for everything. Unset: nothing else.",
+        parse=hosts,
+        default=(),
     )
     inject_credential: bool = setting(
         "VERCEL_INJECT_CREDENTIAL",

@@ -175,6 +175,25 @@ async def test_a_sandbox_is_made_as_the_settings_say(daytona: DaytonaDouble) -> 
     assert asked["volumes"] == [{"volumeId": "data", "mountPath": "/mnt/data"}]
 
 
+@pytest.mark.parametrize(("hosts", "asked"), [("", "api.example.com"), ("*", None)])
+async def test_only_the_api_may_be_reached_unless_the_settings_name_more(
+    daytona: DaytonaDouble, hosts: str, asked: str | None
+) -> None:
+    environ = {
+        "ANTHROPIC_ENVIRONMENT_ID": ENVIRONMENT,
+        "ANTHROPIC_ENVIRONMENT_KEY": "key",
+        "ANTHROPIC_BASE_URL": "https://api.example.com",
+        "SANDBOX_ALLOWED_HOSTS": hosts,
+        "DAYTONA_API_KEY": daytona.key,
+        "DAYTONA_API_URL": daytona.url,
+        "DAYTONA_SNAPSHOT": SNAPSHOT,
+    }
+    provider = FOLDER.sandbox.open_provider(environ, FOLDER.shared("settings").Settings.from_env(environ))
+    await provider.acquire(SESSION)
+    await provider.close()
+    assert daytona.box(SESSION).asked.get("domainAllowList") == asked
+
+
 # --- states ----------------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,10 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, An
         ("10.1.2.3:5000", "10.1.2.3", 5000, True),
         ("10.1.2.3:5000", "10.1.2.4", 5000, False),
         ("[fd00::1]:443", "fd00::1", 443, True),
+        ("*", "www.example.com", 443, True),
+        ("*", "93.184.215.14", 80, True),
+        ("*", "example.com", 22, False),
+        ("*:22", "example.com", 22, True),
     ],
 )
 def test_an_entry_allows_what_it_says(entry: str, host: str, port: int, allowed: bool) -> None:
@@ -57,7 +61,7 @@ def test_an_entry_allows_what_it_says(entry: str, host: str, port: int, allowed:
 
 @pytest.mark.parametrize(
     "entry",
-    ["", "*", "*.", "http://example.com", "example.com:0", "example.com:99999", "a b", "ex*.com", "a/b", "-a.b"],
+    ["", "**", "*.", "http://example.com", "example.com:0", "example.com:99999", "a b", "ex*.com", "a/b", "-a.b"],
 )
 def test_what_is_no_entry_is_refused(entry: str) -> None:
     with pytest.raises(ValueError, match="expected hosts such as"):
@@ -260,6 +264,14 @@ async def test_an_allowed_name_that_leads_to_this_machine_is_refused(tmp_path: P
         answer = await proxied.talk(f"CONNECT localhost:{proxied.upstream} HTTP/1.1\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.1 403 Forbidden")
     assert b"leads to an address that no such name may lead to" in answer
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "169.254.169.254", "10.0.0.1", "[::1]", "[::ffff:10.0.0.1]"])
+async def test_everything_is_everything_that_is_public(tmp_path: Path, address: str) -> None:
+    async with _proxied(tmp_path, _echo, "*:{port}") as proxied:
+        answer = await proxied.talk(f"CONNECT {address}:{proxied.upstream} HTTP/1.1\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 403 Forbidden")
+    assert b"is not public" in answer
 
 
 async def test_what_cannot_be_reached_is_said(tmp_path: Path) -> None:

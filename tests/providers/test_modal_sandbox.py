@@ -125,14 +125,23 @@ async def test_the_settings_reach_modal(double: ModalDouble) -> None:
     assert {tag.tag_name: tag.tag_value for tag in request.tags} == {"environment": "env_1", "session": "sesn_1"}
 
 
-async def test_without_settings_the_network_is_open_and_the_defaults_are_asked_for(sandboxes: Sandboxes) -> None:
+async def test_without_settings_only_the_api_may_be_reached_and_the_defaults_are_asked_for(
+    sandboxes: Sandboxes,
+) -> None:
     await sandboxes.provider.acquire("sesn_1")
     (request,) = sandboxes.double.wire.named("SandboxCreateV2")
     asked = request.definition
-    assert asked.network_access.network_access_type == api.NetworkAccess.NetworkAccessType.OPEN
+    assert asked.network_access.network_access_type == api.NetworkAccess.NetworkAccessType.ALLOWLIST
+    assert list(asked.network_access.allowed_domains) == ["api.anthropic.com"]
     assert (asked.resources.milli_cpu, asked.resources.milli_cpu_max) == (500, 2000)
     assert (asked.resources.memory_mb, asked.resources.memory_mb_max) == (512, 2048)
     assert (asked.timeout_secs, asked.idle_timeout_secs, asked.proxy_id) == (86_400, 300, "")
+
+
+async def test_a_star_opens_the_network(double: ModalDouble) -> None:
+    await Sandboxes(double, SANDBOX_ALLOWED_HOSTS="*").provider.acquire("sesn_1")
+    (request,) = double.wire.named("SandboxCreateV2")
+    assert request.definition.network_access.network_access_type == api.NetworkAccess.NetworkAccessType.OPEN
 
 
 async def test_a_sandbox_with_a_gpu_is_made_found_listed_and_released(double: ModalDouble) -> None:
@@ -154,7 +163,10 @@ async def test_a_sandbox_with_a_gpu_is_made_found_listed_and_released(double: Mo
         ("SANDBOX_CPU", "4,2", "a limit that is not below it"),
         ("SANDBOX_CPU", "0", "a number above 0"),
         ("SANDBOX_MEMORY_MB", "lots", "expected a number"),
-        ("SANDBOX_ALLOWED_HOSTS", "https://example.com", "without https://"),
+        ("SANDBOX_MEMORY_MB", "0.4", "whole numbers of MiB"),
+        ("SANDBOX_MEMORY_MB", "512,1000.5", "whole numbers of MiB"),
+        ("SANDBOX_REGIONS", ",", "expected names"),
+        ("SANDBOX_TOOL_SECRETS", " , ", "expected names"),
         ("SANDBOX_LIFETIME_SECONDS", "100000", "expected 600 to 86400 seconds"),
     ],
 )

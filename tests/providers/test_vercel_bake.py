@@ -113,7 +113,7 @@ class TestBake:
         assert fake.sandboxes == {}
 
         def provider(root: Path, settings: Any, **options: Any) -> Any:
-            return make_provider(fake, settings, snapshot_id=snapshot_id, allowed_hosts=None, **options)
+            return make_provider(fake, settings, snapshot_id=snapshot_id, allowed_hosts=(), **options)
 
         with Emulator() as emulator:
             world = World(emulator, VERCEL, provider, tmp_path)

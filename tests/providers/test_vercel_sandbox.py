@@ -153,7 +153,7 @@ class TestAcquire:
             assert policy is not None
             return sorted(policy["allow"])
 
-        sandbox = await world.host(options={"allowed_hosts": None}).provider.acquire(SESSION)
+        sandbox = await world.host(options={"allowed_hosts": ()}).provider.acquire(SESSION)
         assert allowed(sandbox.id) == ["127.0.0.1"]
         await world.host(options={"allowed_hosts": ("*.example.com",)}).provider.acquire(SESSION)  # a later deployment
         assert allowed(sandbox.id) == ["*.example.com", "127.0.0.1"]
@@ -162,7 +162,7 @@ class TestAcquire:
     async def test_a_sandbox_of_an_older_deployment_gets_the_newer_runner_with_nothing_of_the_agents_alive(
         self, world: World, fake: FakeVercel
     ) -> None:
-        provider = world.host(options={"allowed_hosts": None}).provider
+        provider = world.host(options={"allowed_hosts": ()}).provider
         sandbox = await provider.acquire(SESSION)
         disk = fake.sandboxes[sandbox.id].disk
         (disk / IMAGE.program[1:]).parent.rename(disk / "opt/sandboxes/runner-older")

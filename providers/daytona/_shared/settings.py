@@ -20,6 +20,10 @@ from .runner_secrets import hide
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_LABEL = "[a-z0-9_][a-z0-9_-]{0,62}"
+_HOST = re.compile(
+    rf"(?=.{{1,253}}\Z)(\*\.)?({_LABEL}\.)*(?![0-9]+\Z){_LABEL}"
+)  # the last part of an address is a number
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -74,6 +78,15 @@ def names(value: str) -> tuple[str, ...]:
     found = tuple(name for part in value.split(",") if (name := part.strip()))
     if not all(re.fullmatch(r"[\w.\-]{1,128}", name, re.ASCII) for name in found):
         raise ValueError("expected names with commas between them")
+    return found
+
+
+def hosts(value: str) -> tuple[str, ...]:
+    """What a sandbox may connect to beside the API: host names with commas between them, `*.example.com` for every name
+    below one, or `*` for everything. Addresses are none: platforms have other lists for those."""
+    found = tuple(entry.lower() for part in value.split(",") if (entry := part.strip()))
+    if not found or not all(entry == "*" or _HOST.fullmatch(entry) for entry in found):
+        raise ValueError("expected host names such as example.com or *.example.com with commas between them, or *")
     return found
 
 
