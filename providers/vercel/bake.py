@@ -29,10 +29,11 @@ import image
 from _shared.errors import LaunchFailed, SandboxesError
 from _shared.settings import load
 from sandbox import install
-from vercel_errors import mapped
+from vercel_errors import creating, mapped
 from vercel_settings import VercelSettings
 
 BAKE_SECONDS = 1200.0
+LONGEST_DAYS = 3650  # Vercel's limit
 HERE = Path(__file__).resolve().parent
 
 
@@ -43,13 +44,14 @@ async def bake(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
     client = SandboxClient.create(options=SandboxServiceOptions(base_url=own.api_url))
     try:
         _say(began, "starting a sandbox")
-        sandbox = await client.create_sandbox(
-            image=options.image or own.image,
-            persistent=False,
-            execution_time_limit=timedelta(seconds=BAKE_SECONDS),
-            resources=SandboxResources(vcpus=own.vcpus),
-            network_policy=NetworkPolicy.allow_all(),
-        )
+        with creating():
+            sandbox = await client.create_sandbox(
+                image=options.image or own.image,
+                persistent=False,
+                execution_time_limit=timedelta(seconds=BAKE_SECONDS),
+                resources=SandboxResources(vcpus=own.vcpus),
+                network_policy=NetworkPolicy.allow_all(),
+            )
         try:
             return await _fill(sandbox, options, image.load(HERE), began)
         finally:
@@ -93,8 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--setup", type=Path, metavar="FILE", help="a bash script of yours, run as root: packages, tools"
     )
-    parser.add_argument("--days", type=float, default=0.0, help="when the snapshot expires; 0: never (%(default)g)")
+    parser.add_argument("--days", type=float, default=0.0, help="when the snapshot expires; 0: never (default)")
     options = parser.parse_args(arguments)
+    if options.days and not 1 <= options.days <= LONGEST_DAYS:
+        parser.error(f"--days is 1 to {LONGEST_DAYS}, or 0 for a snapshot that does not expire")
     if options.setup and not options.setup.is_file():
         parser.error(f"{options.setup} is no file")
     try:

@@ -116,6 +116,8 @@ async def status(request: Request) -> Response:
     host: Host | None = request.app.state.host
     if host is None:
         return _not_configured()
+    if host.status_key is None:
+        return JSONResponse({"error": "there is no status: STATUS_KEY is not set"}, 404)
     if not _bears(request, host.status_key):
         return JSONResponse({"error": "the status key is missing or wrong"}, 401)
     try:

@@ -46,7 +46,7 @@ from _shared.session_store import SessionStore
 from _shared.settings import Settings, load
 from firewall import Firewall
 from store import UpstashSessionStore, lease, open_store
-from vercel_errors import ERRORS, STOPPING, but_for, mapped
+from vercel_errors import ERRORS, STOPPING, but_for, creating, mapped
 from vercel_settings import VercelSettings
 
 _log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ HAND_OVER_SECONDS = 150.0  # before the plan's limit: twice the time that a runn
 FAILURES_SECONDS = 600.0
 FAILURES = 25  # about two launches' attempts
 _DAY_SECONDS = 86400.0
+LONGEST_KEPT_SECONDS = 3650 * _DAY_SECONDS  # Vercel's limit for a snapshot
 _LOG_CHARACTERS = 500
 _KILL_SECONDS = 5.0
 _SETPRIV = "/usr/bin/setpriv"
@@ -99,7 +100,7 @@ class VercelProvider:
         self._store = store
         self._image = wanted or image.load(Path(__file__).resolve().parent)
         self._program = program
-        self._hold_seconds = max(own.sandbox_seconds, settings.keep_warm_seconds)
+        self._hold_seconds = min(max(own.sandbox_seconds, settings.keep_warm_seconds), _DAY_SECONDS)  # above any plan's
 
     async def acquire(self, session_id: str) -> VercelSandbox:
         """The session's sandbox, running, prepared, and with time to work."""
@@ -194,22 +195,22 @@ class VercelProvider:
         return None
 
     async def _create(self, name: str, session_id: str) -> Sandbox:
-        kept = max(self._settings.retention_seconds, 0.0) + _DAY_SECONDS  # the sweep deletes first
+        kept = min(self._settings.retention_seconds + _DAY_SECONDS, LONGEST_KEPT_SECONDS)  # the sweep deletes first
         snapshot = self._own.snapshot_id
-        return await self._client.create_sandbox(
-            name=name,
-            source=SnapshotSource(snapshot_id=snapshot) if snapshot else None,
-            image=None if snapshot else self._own.image,
-            persistent=True,
-            tags={"environment": self._settings.environment_id, "session": session_id},
-            execution_time_limit=timedelta(seconds=self._hold_seconds),
-            resources=SandboxResources(vcpus=self._own.vcpus),
-            network_policy=self.firewall.policy()
-            if snapshot
-            else NetworkPolicy.allow_all(),  # until the SDK is installed
-            snapshot_expiration=SnapshotExpiration(timedelta(seconds=kept)),
-            snapshot_retention=SnapshotRetention(count=1),
-        )
+        with creating(snapshot):
+            return await self._client.create_sandbox(
+                name=name,
+                source=SnapshotSource(snapshot_id=snapshot) if snapshot else None,
+                image=None if snapshot else self._own.image,
+                persistent=True,
+                tags={"environment": self._settings.environment_id, "session": session_id},
+                execution_time_limit=timedelta(seconds=self._hold_seconds),
+                resources=SandboxResources(vcpus=self._own.vcpus),
+                # Open until the SDK is installed.
+                network_policy=self.firewall.policy() if snapshot else NetworkPolicy.allow_all(),
+                snapshot_expiration=SnapshotExpiration(timedelta(seconds=kept)),
+                snapshot_retention=SnapshotRetention(count=1),
+            )
 
     async def _is_prepared(self, sandbox: Sandbox) -> bool:
         """Proves that it can exec, too."""

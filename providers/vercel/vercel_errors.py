@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import anyio
@@ -37,7 +38,8 @@ _STATUSES = {
 }
 _MEANINGS: dict[type[Exception], tuple[str, bool]] = {
     SandboxCredentialsError: (
-        "there are no Vercel credentials: turn on OIDC in the project's settings",
+        "there are no Vercel credentials: in a function, turn on OIDC in the project's settings; elsewhere run"
+        " `vercel env pull` and export what it wrote, or set VERCEL_TOKEN, VERCEL_TEAM_ID and VERCEL_PROJECT_ID",
         False,
     ),
     SandboxTerminalStateError: ("the sandbox ended while it was made", True),
@@ -64,8 +66,27 @@ def but_for(*statuses: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def creating(snapshot_id: str | None = None) -> Iterator[None]:
+    """Names the settings that Vercel may have refused to make a sandbox for. Raises `LaunchFailed`."""
+    try:
+        yield
+    except SandboxApiError as error:
+        if snapshot_id and error.status_code in (404, 410):
+            advice = "VERCEL_SNAPSHOT_ID names a snapshot that does not exist: run bake.py again"
+        elif error.status_code in (400, 422) and error.code not in _STOPPING:
+            advice = (
+                "Vercel makes no such sandbox: check VERCEL_SANDBOX_VCPUS, VERCEL_SANDBOX_IMAGE, and that the plan lets"
+                " one run for VERCEL_SANDBOX_SECONDS and SANDBOX_KEEP_WARM_SECONDS"
+            )
+        else:
+            raise
+        raise LaunchFailed(f"{advice} ({_answer(error)})", retriable=False) from error
+
+
+@contextlib.contextmanager
 def mapped() -> Iterator[None]:
-    """Turns what Vercel and its SDK raise into our error. Their texts can embed requests: they are not repeated."""
+    """Turns what Vercel and its SDK raise into our error. Their texts can embed requests: of them only a code is
+    repeated."""
     try:
         yield
     except SandboxApiError as error:
@@ -77,7 +98,13 @@ def mapped() -> Iterator[None]:
             meaning = _STATUSES[error.status_code]
         else:
             raise
-        raise LaunchFailed(f"Vercel {meaning[0]} ({error.status_code})", retriable=meaning[1]) from error
+        raise LaunchFailed(f"Vercel {meaning[0]} ({_answer(error)})", retriable=meaning[1]) from error
     except tuple(_MEANINGS) as error:
         text, retriable = next(_MEANINGS[kind] for kind in type(error).__mro__ if kind in _MEANINGS)
         raise LaunchFailed(text, retriable=retriable) from error
+
+
+def _answer(error: SandboxApiError) -> str:
+    """The status and Vercel's code for it, where it looks like one."""
+    code = error.code if error.code and re.fullmatch("[a-z_]{1,40}", error.code) else None
+    return f"{error.status_code} {code}" if code else str(error.status_code)

@@ -143,9 +143,27 @@ class TestBake:
         assert "missing.sh is no file" in refused.stderr
         assert fake.requests == []
 
+    @pytest.mark.parametrize("days", ["0.5", "-3", "4000", "nan"])
+    def test_days_that_vercel_does_not_take_are_refused_before_anything_starts(
+        self, days: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            VERCEL.module("bake").main([f"--days={days}"])
+        assert "--days is 1 to 3650, or 0" in capsys.readouterr().err
+
+    def test_an_image_that_is_refused_names_the_settings(self, fake: FakeVercel) -> None:
+        fake.fail("create", 400, "invalid_image")
+        refused = run_bake(fake, "--image", "none")
+        assert refused.returncode == 1
+        assert "check VERCEL_SANDBOX_VCPUS, VERCEL_SANDBOX_IMAGE" in refused.stderr
+        assert "(400 invalid_image)" in refused.stderr
+
     def test_credentials_that_are_refused_say_what_to_check(self, fake: FakeVercel) -> None:
         fake.fail("create", 403, "forbidden")
         refused = run_bake(fake)
         assert (refused.returncode, refused.stdout) == (1, "")
-        assert "bake failed: Vercel forbids it: check the token, the team and the project (403)" in refused.stderr
+        assert (
+            "bake failed: Vercel forbids it: check the token, the team and the project (403 forbidden)"
+            in refused.stderr
+        )
         assert TOKEN not in refused.stderr

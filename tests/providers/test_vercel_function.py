@@ -309,6 +309,12 @@ class TestCallers:
             assert {reply.status_code for reply in replies} == {401, 404, 405}
         assert (emulator.requests, fake.requests) == ([], [])
 
+    async def test_without_a_key_there_is_no_status(self, emulator: Emulator, fake: FakeVercel) -> None:
+        instance = Instance(emulator, fake, None)
+        instance.host.status_key = None
+        async with running(instance):
+            assert (await instance.http.get("/status", headers={"authorization": "Bearer None"})).status_code == 404
+
     async def test_the_status_shows_the_queue_and_the_sandboxes(self, emulator: Emulator, fake: FakeVercel) -> None:
         instance = Instance(emulator, fake, None)
         async with running(instance):

@@ -85,8 +85,24 @@ class TestAcquire:
 
     async def test_a_snapshot_that_is_not_there_is_no_crash(self, world: World, fake: FakeVercel) -> None:
         provider = world.host(options={"snapshot_id": "snap_deleted"}).provider
-        with pytest.raises(ERRORS.LaunchFailed, match="does not know the sandbox or the snapshot"):
+        with pytest.raises(ERRORS.LaunchFailed, match="VERCEL_SNAPSHOT_ID names a snapshot that does not") as caught:
             await provider.acquire(SESSION)
+        assert not caught.value.retriable
+
+    async def test_what_vercel_makes_no_sandbox_for_names_the_settings(self, world: World, fake: FakeVercel) -> None:
+        provider = world.host(options={"sandbox_seconds": 7200.0}).provider  # the plan's is 1000
+        with pytest.raises(ERRORS.LaunchFailed, match=r"VERCEL_SANDBOX_SECONDS .*\(400 bad_request\)") as caught:
+            await provider.acquire(SESSION)
+        assert not caught.value.retriable
+
+    @pytest.mark.parametrize("days", ["3649.5", "100000000000"])
+    async def test_files_that_are_kept_for_ever_are_kept_as_long_as_vercel_does(
+        self, world: World, fake: FakeVercel, days: str
+    ) -> None:
+        provider = world.host(SANDBOX_RETENTION_SECONDS=str(float(days) * 86400)).provider
+        await provider.acquire(SESSION)
+        (create,) = (json.loads(sent.body) for sent in fake.requests if sent.operation == "create")
+        assert create["snapshotExpiration"] == 3650 * 86_400_000
 
     async def test_it_has_time_for_a_launch_and_more_than_once(self, world: World, fake: FakeVercel) -> None:
         provider = world.host(options={"sandbox_seconds": 400.0}).provider
@@ -203,7 +219,12 @@ class TestErrors:
         with pytest.raises(ERRORS.LaunchFailed, match=str(status)) as caught:
             await world.host().provider.acquire(SESSION)
         assert caught.value.retriable == retriable
-        assert "some_code" not in str(caught.value)
+        assert f"({status} some_code)" in str(caught.value)
+
+    async def test_what_is_no_code_is_not_repeated(self, world: World, fake: FakeVercel) -> None:
+        fake.fail("get", 403, "sk-ant-oat01-hush")
+        with pytest.raises(ERRORS.LaunchFailed, match=r"\(403\)$"):
+            await world.host().provider.acquire(SESSION)
 
     async def test_an_answer_that_no_table_lists_is_a_bug(self, world: World, fake: FakeVercel) -> None:
         fake.fail("get", 418)
