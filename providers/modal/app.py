@@ -14,9 +14,11 @@ from functools import cache
 import modal
 import modal.exception
 from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 
 from _shared import handler, log
 from _shared.dispatcher import Dispatcher, open_client
+from _shared.errors import SettingsError
 from _shared.settings import Settings
 from _shared.webhook import Verifier
 from image import sandbox_image
@@ -52,10 +54,14 @@ def _sweeping() -> asyncio.Lock:
 
 
 @cache
-def _verifier() -> Verifier:
-    """This container's, made by its first call. Raises `SettingsError`."""
+def _verifier() -> Verifier | None:
+    """This container's, made by its first call. None when the settings are unusable, which the log then says once."""
     log.configure()
-    return Verifier(Settings.from_env(os.environ).webhook_keys)
+    try:
+        return Verifier(Settings.from_env(os.environ).webhook_keys)
+    except SettingsError as error:
+        _log.error(log.line("settings", provider="modal", reason=str(error)))
+        return None
 
 
 @app.function(
@@ -84,9 +90,11 @@ async def dispatch(sweep: bool = True) -> None:
 @modal.fastapi_endpoint(method="POST")
 async def webhook(request: Request) -> Response:
     """Answers at once; the drain is another function's."""
+    if (verifier := _verifier()) is None:
+        return JSONResponse({"error": "the settings are unusable: see the log"}, 503)
     woken: list[object] = []
     seen = handler.Request(request.method, request.headers, request.stream())
-    reply = await handler.handle(seen, verifier=_verifier(), wake=woken.append)
+    reply = await handler.handle(seen, verifier=verifier, wake=woken.append)
     if woken:
         await _wake()
     return Response(reply.body, reply.status, dict(reply.headers))

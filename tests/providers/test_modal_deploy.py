@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from grpclib import Status
+from starlette.requests import Request
 
 from tests.fakes.modal import ModalDouble
 from tests.providers.modal_support import MODAL, needs_bubblewrap
@@ -298,6 +299,30 @@ def test_a_missing_secret_or_setting_is_named(workspace: Workspace) -> None:
     log = workspace.double.log("dispatch")
     assert "ANTHROPIC_ENVIRONMENT_ID is not set" in log
     assert "ANTHROPIC_ENVIRONMENT_KEY is not set" in log
+
+
+async def test_without_a_signing_key_every_request_is_a_503_and_the_log_says_why_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = MODAL.module("app")
+    monkeypatch.setattr(app.log, "configure", lambda: None)  # the logging of this process is pytest's
+    for name in ("ANTHROPIC_WEBHOOK_SIGNING_KEY", "ANTHROPIC_WEBHOOK_SECRET", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_ID", "env_1")
+    monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", "a-key")
+
+    async def nothing() -> dict[str, object]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    app._verifier.cache_clear()
+    try:
+        for _ in range(2):
+            request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, nothing)
+            assert (await app.webhook.local(request)).status_code == 503
+    finally:
+        app._verifier.cache_clear()
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "ANTHROPIC_WEBHOOK_SIGNING_KEY is not set" in said
 
 
 def test_an_image_that_could_not_run_the_runner_is_not_deployed(workspace: Workspace, tmp_path: Path) -> None:

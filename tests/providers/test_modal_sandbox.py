@@ -292,6 +292,20 @@ async def test_what_modal_answers_is_said_in_our_words(
     assert await sandboxes.run("sesn_1", "echo well again") == ["well again\n"]
 
 
+async def test_what_modal_refuses_is_in_the_log_in_its_words_without_secrets(
+    sandboxes: Sandboxes, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = "Invalid region 'moon' for sk-ant-oat01-hush-hush-hush-hush\nand more"
+    sandboxes.double.wire.fail("SandboxCreateV2", Status.INVALID_ARGUMENT, words)
+    with pytest.raises(LaunchFailed, match="see the log"):
+        await sandboxes.provider.acquire("sesn_1")
+    (said,) = (record.getMessage() for record in caplog.records if "action=refused" in record.getMessage())
+    assert "provider=modal error=InvalidError" in said
+    assert "Invalid region 'moon'" in said
+    assert "hush" not in said
+    assert "and more" not in said
+
+
 async def test_an_answer_that_was_lost_makes_no_second_sandbox(sandboxes: Sandboxes) -> None:
     sandboxes.double.wire.fail("SandboxCreateV2", Status.UNAVAILABLE, after=True)
     await sandboxes.provider.acquire("sesn_1")
