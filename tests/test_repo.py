@@ -98,8 +98,12 @@ def test_a_folder_has_what_a_copy_needs(folder: Path) -> None:
 @each("folder", ALL_FOLDERS)
 def test_a_copy_commits_no_secret_and_nothing_that_is_installed(folder: Path, tmp_path: Path) -> None:
     """Whoever copies a folder into a repository says `git add` there: our own .gitignore does not go along."""
-    made = [".venv/a.py"] if is_python(folder) else ["node_modules/a/a.js", ".dev.vars", ".wrangler/a.sqlite"]
-    for name in [".env", ".env.example", *made]:
+    made = (
+        [".venv/a.py"]
+        if is_python(folder)
+        else ["node_modules/a/a.js", ".dev.vars", ".dev.vars.staging", ".wrangler/a.sqlite"]
+    )
+    for name in [".env", ".env.local", ".env.production", ".env.example", *made]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / ".gitignore").write_bytes((folder / ".gitignore").read_bytes())
