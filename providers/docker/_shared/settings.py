@@ -21,9 +21,8 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _LABEL = "[a-z0-9_][a-z0-9_-]{0,62}"
-_HOST = re.compile(
-    rf"(?=.{{1,253}}\Z)(\*\.)?({_LABEL}\.)*(?![0-9]+\Z){_LABEL}"
-)  # the last part of an address is a number
+# What ends with a number is an address, or nothing.
+_HOST = re.compile(rf"(?=.{{1,253}}\Z)(\*\.)?({_LABEL}\.)*(?![0-9]+\Z){_LABEL}")
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
