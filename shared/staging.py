@@ -54,7 +54,7 @@ class Stager:
                 session = await self._client.beta.sessions.retrieve(job.session_id)
                 skills = await self._skills(job, session)
                 inputs = await self._inputs(job, session, MAX_BYTES - sum(map(len, skills.values())))
-        except (anthropic.APIError, TimeoutError) as error:
+        except (anthropic.APIError, OSError) as error:  # a TimeoutError is one, and so is a full disk
             _log.warning(log.line("stage", session=job.session_id, error=error, reason="no files were brought"))
             return {}
         if skills or inputs:

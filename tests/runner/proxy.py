@@ -29,7 +29,7 @@ class Fault:
     """What happens to the next requests of one operation."""
 
     operation: str
-    kind: Literal["lose", "spoil", "drop", "answer", "hold"]
+    kind: Literal["lose", "spoil", "empty", "drop", "answer", "hold"]
     times: float
     status: int = 500
     body: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +74,10 @@ class Proxy:
     def spoil(self, operation: str, status: int) -> Fault:
         """Recorded by the emulator, and answered with this status."""
         return self._add(Fault(operation, "spoil", 1, status))
+
+    def empty(self, operation: str) -> Fault:
+        """Recorded by the emulator, and answered with 200 and nothing."""
+        return self._add(Fault(operation, "empty", 1))
 
     def drop(self, operation: str, times: float = 1) -> Fault:
         """Never reaches the emulator."""
@@ -127,11 +131,14 @@ class Proxy:
         elif kind != "drop":
             async with contextlib.aclosing(self._forward(head, body)) as chunks:
                 async for chunk in chunks:
-                    if kind not in ("lose", "spoil"):
+                    if kind not in ("lose", "spoil", "empty"):
                         writer.write(chunk)
                         await writer.drain()
         if fault is not None and kind == "spoil":
             writer.write(_reply(fault.status, fault.body))
+        if kind == "empty":
+            nothing = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 0\r\n"
+            writer.write(f"{nothing}connection: close\r\n\r\n".encode())
         await writer.drain()
 
     async def _note(self, what: str) -> Fault | None:

@@ -27,7 +27,7 @@ from tools.emulator import Emulator
 
 T = TypeVar("T")
 RUNNER = Path(__file__).resolve().parents[2] / "shared" / "sandbox_runner.py"
-PATIENCE_SECONDS = 40.0  # a hung test ends here; nothing waits this long when it works
+PATIENCE_SECONDS = 60.0  # a hung test ends here; nothing waits this long when it works
 NO_TOOLS: ToolFactory = load_custom_tools(None)
 
 

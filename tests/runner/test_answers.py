@@ -147,7 +147,7 @@ async def test_calls_of_an_interrupted_turn_are_answered_not_run_and_do_not_keep
     emulator.say(session_id, "go")
     emulator.send(session_id, {"type": "user.interrupt"})
     runner = await in_process(emulator, emulator.url, tmp_path, SANDBOX_TOOL_NAMES="mine")
-    assert await asyncio.wait_for(runner.run(), 20) == IDLE
+    assert await asyncio.wait_for(runner.run(), 30) == IDLE
     assert results(emulator, session_id) == answers
     assert not (tmp_path / "workspace" / "runs").exists()
     assert not runner.events("retry")
@@ -207,7 +207,7 @@ async def test_a_message_in_the_last_instant_gets_another_sandbox(
 async def test_a_message_in_the_last_instant_that_is_still_thought_about(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
-    _, running, held = await stop_held(emulator, proxy, session_id, tmp_path)
+    _, running, held = await stop_held(emulator, proxy, session_id, tmp_path, look_back_seconds=60.0)
     emulator.set_script(session_id, [sleep(0.5), call("bash", command="echo two"), repeat_output, end()])
     emulator.say(session_id, "wait")
     held.released.set()
@@ -222,7 +222,7 @@ async def test_thinking_is_not_waited_for_for_ever(
     emulator.set_script(session_id, [sleep(600), say("late"), end()])
     emulator.say(session_id, "wait")
     held.released.set()
-    assert await asyncio.wait_for(running, 10) == IDLE
+    assert await asyncio.wait_for(running, 30) == IDLE
 
 
 async def test_what_waits_for_others_after_the_stop_is_left_to_them(
@@ -233,7 +233,7 @@ async def test_what_waits_for_others_after_the_stop_is_left_to_them(
     emulator.set_script(session_id, [tools(asked, custom("someone_elses")), end()])
     emulator.say(session_id, "wait")
     held.released.set()
-    assert await asyncio.wait_for(running, 10) == IDLE
+    assert await asyncio.wait_for(running, 30) == IDLE
     assert results(emulator, session_id) == ["one"]
 
 
@@ -274,4 +274,4 @@ async def test_a_newcomer_does_not_wait_for_the_look_back(
     held.released.set()
     await until(emulator, lambda: emulator.work(session_id)["state"] == "stopped")
     runner.session.leave()
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, 30)

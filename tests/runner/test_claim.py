@@ -122,9 +122,22 @@ async def test_a_claim_that_was_recorded_but_not_answered_is_ours_when_it_stands
 async def test_a_claim_that_was_not_recorded_is_sent_again(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
-    runner = await in_process(emulator, proxy.url, tmp_path, settle_seconds=30)  # and without waiting
+    runner = await in_process(emulator, proxy.url, tmp_path, settle_seconds=300)  # and without waiting
     proxy.drop("beat")
-    assert await asyncio.wait_for(runner.run(), 10) == (EXIT_OK, "the session is idle")
+    assert await asyncio.wait_for(runner.run(), 30) == (EXIT_OK, "the session is idle")
+
+
+@pytest.mark.parametrize("operation", ["ack", "beat", "list", "send", "stop"])
+async def test_an_empty_answer_is_one_that_was_lost(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, operation: str
+) -> None:
+    """The SDK fails on it with an error of the `json` module."""
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    emptied = proxy.empty(operation)
+    assert (await runner.run())[0] == EXIT_OK
+    assert emptied.times == 0
+    assert texts(emulator, session_id) == ["hello"]
+    assert emulator.work(session_id)["state"] == "stopped"
 
 
 async def test_an_unanswered_claim_is_another_runners_when_its_heartbeat_moves(
@@ -300,7 +313,7 @@ async def test_a_lease_that_went_to_another_runner_is_neither_adopted_nor_stoppe
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, is_stopping: bool
 ) -> None:
     (tmp_path / "next").mkdir()
-    first = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="1")
+    first = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="5")
     running = first.start()
     await wait_idle(emulator, session_id)
     emulator.advance(400)

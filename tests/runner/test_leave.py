@@ -37,7 +37,7 @@ async def test_sigterm_in_a_call_stops_first_and_answers_then_so_that_the_next_r
     await wait_file(tmp_path / "workspace" / "begun")
     runner.session.leave()
     runner.session.leave()  # twice is once
-    assert await asyncio.wait_for(running, 5) == HANDED_OVER
+    assert await asyncio.wait_for(running, 30) == HANDED_OVER
     assert operations(emulator)[-3:] == ["work.heartbeat", "work.stop", "events.send"]
     assert results(emulator, session_id) == [INTERRUPTED]
     assert runner.events("handover") == [{"event": "handover", "answers": 1, "stopped": True}]
@@ -99,7 +99,7 @@ async def test_sigterm_during_set_up_ends_it(
     running = runner.start()
     await held.reached.wait()
     runner.session.leave()
-    assert await asyncio.wait_for(running, 5) == HANDED_OVER
+    assert await asyncio.wait_for(running, 30) == HANDED_OVER
     assert emulator.work(session_id)["state"] == "stopped"
     assert proxy.count("stop") == 1
     assert not runner.events("tool")
@@ -131,7 +131,7 @@ async def test_sigterm_between_two_attempts_to_set_up(
     running = runner.start()
     await eventually(lambda: runner.events("retry"))
     runner.session.leave()
-    assert await asyncio.wait_for(running, 5) == HANDED_OVER
+    assert await asyncio.wait_for(running, 30) == HANDED_OVER
     assert proxy.count("stop") == 1
 
 
@@ -174,7 +174,7 @@ async def test_a_control_plane_that_hangs_does_not_keep_the_runner(
     for operation in ("beat", "stop", "send", "session"):
         proxy.hold(operation, times=1000)
     runner.session.leave()
-    assert await asyncio.wait_for(running, 5) == HANDED_OVER
+    assert await asyncio.wait_for(running, 30) == HANDED_OVER
     assert proxy.count("stop") == 0
 
 
@@ -223,7 +223,7 @@ async def test_a_sync_tool_is_left_behind_on_its_thread(
     running = runner.start(blocking(begun, release))
     assert await asyncio.to_thread(begun.wait, 20)
     runner.session.leave()
-    assert await asyncio.wait_for(running, 5) == HANDED_OVER
+    assert await asyncio.wait_for(running, 30) == HANDED_OVER
     assert results(emulator, session_id) == [INTERRUPTED]
 
 
@@ -270,7 +270,7 @@ async def test_a_running_call_is_ended_and_its_processes_killed(bench: Bench, en
     await asyncio.sleep(0)
     (bench.leaving if ends == "leaving" else getattr(bench.lease, ends)).set()
     with pytest.raises(ToolError, match=INTERRUPTED):
-        await asyncio.wait_for(calling, 2)
+        await asyncio.wait_for(calling, 30)
     assert bench.killed == 1
     assert [(line["name"], line["is_error"]) for line in bench.lines] == [("slow", True)]
 
@@ -290,7 +290,7 @@ async def test_a_call_that_refuses_to_end_is_given_up(bench: Bench) -> None:
     await asyncio.sleep(0)
     bench.leaving.set()
     with pytest.raises(ToolError, match=INTERRUPTED):
-        await asyncio.wait_for(calling, 5)
+        await asyncio.wait_for(calling, 30)
     assert bench.killed == 1
     done.set()
 
@@ -331,7 +331,7 @@ async def test_what_a_tool_raises_is_what_the_sdk_sees(bench: Bench) -> None:
 async def test_an_item_that_was_stopped_by_force_needs_no_stop(
     emulator: Emulator, session_id: str, tmp_path: Path
 ) -> None:
-    runner = await in_process(emulator, emulator.url, tmp_path)
+    runner = await in_process(emulator, emulator.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="60")
     running = runner.start()
     await until(emulator, lambda: emulator.work(session_id)["state"] == "active")
     emulator.stop_work(session_id, force=True)

@@ -168,7 +168,7 @@ async def test_a_hung_holder_is_killed_with_its_tree_after_the_grace(hold: Hold,
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
     assert holder.stdout.readline() == "held\n"
-    taking = asyncio.create_task(take_over(Lock(tmp_path), answering(QUEUED), grace_seconds=0.6))
+    taking = asyncio.create_task(take_over(Lock(tmp_path), answering(QUEUED), grace_seconds=3.0))
     await asyncio.wait([taking], timeout=0.3)
     assert holder.poll() is None  # not before the grace is over
     assert await taking

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,6 +19,11 @@ from shared.settings import Settings
 
 PAGE = httpx2.Response(200, html="<h1>Please log in</h1>")
 TEXT = httpx2.Response(200, text="upstream is being restarted")
+JSON = {"content-type": "application/json"}
+HALVES = {
+    "empty": b"",
+    "cut": b'{"id": "work_1", "sta',
+}
 CALLS: dict[str, Callable[[AsyncAnthropic], Awaitable[Any]]] = {
     "poll": lambda client: client.beta.environments.work.poll("env_1"),
     "work list": lambda client: client.beta.environments.work.list("env_1"),
@@ -39,15 +45,24 @@ async def test_a_page_is_an_error_of_the_connection(name: str, answer: httpx2.Re
         await CALLS[name](client(answer, RefusePages()))
 
 
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("half", HALVES)
+async def test_half_an_answer_is_an_error_of_the_connection(name: str, half: str) -> None:
+    with pytest.raises(anthropic.APIConnectionError):
+        await CALLS[name](client(httpx2.Response(200, headers=JSON, content=HALVES[half]), RefusePages()))
+
+
 async def test_the_sdk_alone_takes_it_for_an_answer_or_fails_with_what_nobody_expects() -> None:
     """Why it is there. When this fails, the SDK has learnt it, and `RefusePages` may go."""
     assert await CALLS["session"](client(PAGE)) == "<h1>Please log in</h1>"
     with pytest.raises(AttributeError):
         await CALLS["work list"](client(PAGE))
+    with pytest.raises(json.JSONDecodeError):
+        await CALLS["heartbeat"](client(httpx2.Response(200, headers=JSON, content=b"")))
 
 
 async def test_answers_pass() -> None:
-    nothing = httpx2.Response(200, headers={"content-type": "application/json"}, content=b"null")
+    nothing = httpx2.Response(200, headers=JSON, content=b"null")
     assert await CALLS["poll"](client(nothing, RefusePages())) is None
     stopped = client(httpx2.Response(204), RefusePages())
     await stopped.beta.environments.work.stop("work_1", environment_id="env_1")

@@ -26,6 +26,7 @@ from shared.runner_job import (
 )
 from shared.runner_lock import Lock
 from tests.runner.support import (
+    PATIENCE_SECONDS,
     RUNNER,
     Start,
     eventually,
@@ -172,7 +173,7 @@ async def test_a_thread_that_blocks_does_not_keep_the_process(emulator: Emulator
     await runner.hang_up()
     await wait_file(tmp_path / "workspace" / "begun")
     runner.process.terminate()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await runner.process.wait() == EXIT_HANDED_OVER
     assert "may have taken effect" in results(emulator, session_id)[0]
 
@@ -241,14 +242,15 @@ async def test_a_message_reaches_a_runner_whose_host_has_hung_up(
     emulator: Emulator, start: Start, tmp_path: Path
 ) -> None:
     session_id = emulator.create_session()
-    runner = await start(await job_values(emulator, emulator.url, SANDBOX_MAX_IDLE_SECONDS="0.5"))
+    runner = await start(await job_values(emulator, emulator.url, SANDBOX_MAX_IDLE_SECONDS="60"))
     await runner.line("ready")
     await runner.hang_up()
     await until(emulator, lambda: emulator.work(session_id)["state"] == "active")
     emulator.say(session_id, "!echo still here")
     await wait_idle(emulator, session_id)
     assert texts(emulator, session_id) == ["still here"]
-    async with asyncio.timeout(20):
+    emulator.archive_session(session_id)
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await runner.process.wait() == EXIT_OK
 
 
@@ -257,7 +259,7 @@ def test_a_host_that_does_not_read_holds_nothing_up() -> None:
     reader, writer = os.pipe()
     try:
         argv = [sys.executable, "-c", code]
-        done = subprocess.run(argv, stdout=writer, cwd=RUNNER.parents[1], timeout=20, check=False)
+        done = subprocess.run(argv, stdout=writer, cwd=RUNNER.parents[1], timeout=PATIENCE_SECONDS, check=False)
     finally:
         os.close(writer)
         first = os.read(reader, 100)

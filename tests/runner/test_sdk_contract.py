@@ -210,7 +210,7 @@ async def test_handle_item_force_stops_on_exit(
     if exit == "cancelled":
         await wait_idle(emulator, session_id)
         serving.cancel()
-    await asyncio.wait([serving], timeout=20)
+    await asyncio.wait([serving], timeout=60)
     assert serving.done()
     assert not serving.cancelled() or exit == "cancelled"
     if exit == "the session cannot be read":
@@ -247,7 +247,7 @@ async def test_a_running_tool_is_shielded_from_the_workers_end(
     await asyncio.wait([serving], timeout=0.3)
     assert not serving.done()
     release.set()
-    await asyncio.wait([serving], timeout=10)
+    await asyncio.wait([serving], timeout=60)
     assert results(emulator, session_id) == ["finished"]
 
 

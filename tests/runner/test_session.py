@@ -165,7 +165,7 @@ async def test_a_terminated_session_is_stopped_without_running_anything(
 
 
 async def test_a_deleted_session_ends_the_runner(emulator: Emulator, session_id: str, tmp_path: Path) -> None:
-    runner = await in_process(emulator, emulator.url, tmp_path)
+    runner = await in_process(emulator, emulator.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="60")
     running = runner.start()
     await until(emulator, lambda: emulator.work(session_id)["state"] == "active")
     emulator.delete_session(session_id)
@@ -410,7 +410,7 @@ async def test_a_lease_is_as_fresh_as_its_last_beat_was_when_sent() -> None:
     lease.stopping.set()
     await waiting
     time += 60
-    await asyncio.wait_for(lease.watch(), 5)
+    await asyncio.wait_for(lease.watch(), 30)
     assert lease.lost.is_set()
     lease.beaten("c", 300, sent_at=time)
     assert not lease.fresh  # lost is lost

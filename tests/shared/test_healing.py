@@ -129,6 +129,21 @@ async def test_all_calls_of_a_strand_are_answered_together(world: World) -> None
     assert count(world.emulator, "events.send") == 1
 
 
+async def test_a_call_that_a_person_allows_while_the_sweep_is_on_its_way_is_its_new_runners(world: World) -> None:
+    """The list says `stopped`, and is old by the time the item is looked at."""
+    session = await world.strand(tools(call("bash", permission="ask", command="x")), repeat_output, end())
+    healer = Healer(world.client, settings_for(world.emulator))
+    items = await healer.list_work()
+    assert items
+    world.emulator.advance(2.0)  # the API tells its time in whole seconds
+    (waiting,) = world.emulator.pending_calls(session)
+    world.emulator.send(session, {"type": "user.tool_confirmation", "tool_use_id": waiting, "result": "allow"})
+    await world.dispatcher.drain()
+    await claim(world.client, world.emulator, session)
+    assert await healer.heal(items) == 0
+    assert world.results(session) == []
+
+
 async def test_a_call_that_a_person_allowed_is_answered(world: World) -> None:
     session = await world.strand(tools(call("bash", permission="ask", command="x")), repeat_output, end())
     await world.dispatcher.sweep()

@@ -190,6 +190,9 @@ export class Healer {
     const endedThreads = new Set<string>();
     let isTreated = false;
     for await (const event of this.#client.beta.sessions.events.list(sessionId, { limit: 1000 })) {
+      // Since the items were listed something happened: a person's word, a message, a runner of theirs. What the list says
+      // of the item may be over, and the next sweep's will tell.
+      if (age(event.processed_at) < 0) return { calls: [], isTreated, othersWait: true };
       if (awaited.has(event.id)) {
         if (event.type === "agent.tool_use" || event.type === "agent.custom_tool_use") calls.push(event);
       } else if (event.type === "user.tool_result" || event.type === "user.custom_tool_result") {

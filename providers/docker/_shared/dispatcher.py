@@ -8,7 +8,6 @@ the environment: one with a shorter reclaim window would be handed items that ar
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import socket
 import time
@@ -106,8 +105,8 @@ class Dispatcher:
         began = time.monotonic()
         await self.drain()
         items, sandboxes = await self._healer.list_work(), await self._fleet.list()
+        await self._fleet.renew(items, sandboxes or [])
         if items is not None:
-            await self._fleet.renew(items, sandboxes or [])
             if await self._healer.heal(items):
                 await self.drain()
             await self._fleet.clean_up(items, sandboxes or [], self._launches.keys())
@@ -169,7 +168,7 @@ class Dispatcher:
                 reason = "the environment key is not accepted: check ANTHROPIC_ENVIRONMENT_KEY and ..._ENVIRONMENT_ID"
                 _log.error(log.line("poll", error=error, reason=reason))
                 return None
-            except (anthropic.APIError, json.JSONDecodeError) as error:
+            except anthropic.APIError as error:
                 _log.warning(log.line("poll", attempt=attempt, error=error))
             else:
                 # The SDK checks no shapes: `{}` comes as an item without an id, a proxy's page as its text.

@@ -186,6 +186,10 @@ class Healer:
         treated = False
         event: Any
         async for event in self._client.beta.sessions.events.list(session_id, limit=1000):
+            # Since the items were listed something happened: a person's word, a message, a runner of theirs. What the
+            # list says of the item may be over, and the next sweep's will tell.
+            if self._age(event.processed_at) < 0:
+                return Strand((), treated, others_wait=True)
             if event.id in awaited:
                 calls[event.id] = event
             elif event.type == "user.tool_result":

@@ -78,10 +78,11 @@ class Fleet:
             self._told = (trouble, time.monotonic())
             _log.warning(trouble)
 
-    async def renew(self, items: Iterable[BetaSelfHostedWork], sandboxes: Iterable[SandboxInfo]) -> None:
-        """Keeps the sandboxes of working runners alive. `acquire` is not used: it would make what is gone."""
-        serving = {item.data.id for item in items if item.state == "active"}
-        working = [info for info in sandboxes if info.running and info.session_id in serving]
+    async def renew(self, items: Iterable[BetaSelfHostedWork] | None, sandboxes: Iterable[SandboxInfo]) -> None:
+        """Keeps the sandboxes of working runners alive; all that run, when the API does not say (None) who works.
+        `acquire` is not used: it would make what is gone."""
+        serving = None if items is None else {item.data.id for item in items if item.state == "active"}
+        working = [info for info in sandboxes if info.running and (serving is None or info.session_id in serving)]
         await _all(self._seam("renew", info, self._provider.renew, RENEW_SECONDS) for info in working)
 
     async def clean_up(

@@ -118,9 +118,10 @@ class EventLog:
 
     def _note_status(self, event: Any) -> None:
         if event.type == "session.status_idle":
-            waits = event.stop_reason.type == "requires_action"
+            reason = getattr(event, "stop_reason", None)
+            waits = getattr(reason, "type", None) == "requires_action"
             self.turn = "requires_action" if waits else "ended"
-            self._awaited = frozenset(event.stop_reason.event_ids if waits else ())
+            self._awaited = frozenset(reason.event_ids if reason and waits else ())
             self._has_new_input = False
         elif event.type in ("session.status_running", "session.status_rescheduled"):
             self.turn = "running"

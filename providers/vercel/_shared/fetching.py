@@ -53,6 +53,7 @@ class _Pinned(http.client.HTTPSConnection):
         super().__init__(host, port, timeout=_CALL_SECONDS, context=context)
         self._address = address
         self._context_of_name = context
+        self._is_aborted = False
 
     def connect(self) -> None:
         plain = socket.create_connection(self._address, _CALL_SECONDS)
@@ -61,9 +62,12 @@ class _Pinned(http.client.HTTPSConnection):
         except OSError:
             plain.close()
             raise
+        if self._is_aborted:  # meanwhile: there was nothing to shut down
+            raise ConnectionAbortedError
 
     def abort(self) -> None:
         """Ends it from another thread: a socket's own timeout begins anew with every byte."""
+        self._is_aborted = True
         if self.sock is not None:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
@@ -106,14 +110,10 @@ class Fetcher:
                 if answer.status != 200:
                     raise FetchRefused(f"its server answered {answer.status}")
                 return _read(answer, max_bytes)
-            except ssl.SSLError:
-                raise FetchRefused("its server has no certificate for that name") from None
-            except TimeoutError:
-                raise FetchRefused("its server did not answer in time") from None
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if time.monotonic() >= deadline:
                     raise FetchRefused(f"it did not arrive within {self._seconds:g} s") from None
-                raise FetchRefused(f"its server could not be read: {type(error).__name__}") from None
+                raise FetchRefused(_reason(error)) from None
             finally:
                 end.cancel()
                 connection.close()
@@ -135,6 +135,14 @@ class Fetcher:
             raise FetchRefused("its host has an address that is not public")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return _Pinned(parts.hostname, port, (addresses[0], port), context), target
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return "its server has no certificate for that name"
+    if isinstance(error, TimeoutError):
+        return "its server did not answer in time"
+    return f"its server could not be read: {type(error).__name__}"
 
 
 def _read(answer: http.client.HTTPResponse, max_bytes: int) -> bytes:
