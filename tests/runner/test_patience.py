@@ -77,12 +77,12 @@ async def test_a_first_message_in_the_last_instant_is_a_reason_to_stay(
     """It leads to another client's call, for which a runner is more patient than for a first message."""
     emulator.set_script(session_id, [custom("someone_elses"), repeat_output, end()])
     runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="0.3")
-    look = proxy.hold("session", times=2)  # the SDK's own at the start, and the guard's before the stop
-    look.released.set()
+    start = proxy.hold("session")  # the SDK's own
     running = runner.start()
-    await proxy.wait_count("session", 1)
-    look.released.clear()
-    await proxy.wait_count("session", 2)
+    await start.reached.wait()
+    look = proxy.hold("session")  # the guard's before the stop
+    start.released.set()
+    await look.reached.wait()
     emulator.say(session_id, "go")
     look.released.set()
     (theirs,) = await until(emulator, lambda: emulator.pending_calls(session_id))
@@ -126,12 +126,12 @@ async def test_a_verdict_before_the_stop_is_served_under_the_same_lease(
     emulator.set_script(session_id, [ASKED, repeat_output, end()])
     emulator.say(session_id, "go")
     runner = await waiting(emulator, proxy.url, tmp_path)
-    look = proxy.hold("session", times=2)  # the SDK's own at the start, and the guard's before the stop
-    look.released.set()
+    start = proxy.hold("session")  # the SDK's own
     running = runner.start()
-    await proxy.wait_count("session", 1)
-    look.released.clear()
-    await proxy.wait_count("session", 2)
+    await start.reached.wait()
+    look = proxy.hold("session")  # the guard's before the stop
+    start.released.set()
+    await look.reached.wait()
     (asked,) = emulator.pending_calls(session_id)
     emulator.send(session_id, {"type": "user.tool_confirmation", "tool_use_id": asked, "result": "allow"})
     look.released.set()
@@ -170,10 +170,10 @@ async def test_a_stop_that_fails_is_tried_again_after_another_wait(
 
 
 async def test_somebody_who_comes_in_time_is_served(emulator: Emulator, session_id: str, tmp_path: Path) -> None:
-    runner = await waiting(emulator, emulator.url, tmp_path, "30")
+    runner = await waiting(emulator, emulator.url, tmp_path, "60", SANDBOX_MAX_IDLE_SECONDS="4")
     running = runner.start()
     await until(emulator, lambda: "events.stream" in operations(emulator))
     await eventually(lambda: "events.list" in operations(emulator))
     emulator.say(session_id, "!echo hello")
-    assert await asyncio.wait_for(running, 20) == (EXIT_OK, "the session is idle")
+    assert await asyncio.wait_for(running, 60) == (EXIT_OK, "the session is idle")
     assert texts(emulator, session_id) == ["hello"]
