@@ -39,10 +39,13 @@ const PROBLEMS: Record<string, (value: string) => string | undefined> = {
     splitNames(value).every((name) => /^[\w.-]{1,128}$/.test(name))
       ? undefined
       : "expected names with commas between them",
-  hosts: (value) =>
-    splitNames(value).every((name) => /^(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*$/i.test(name))
+  hosts: (value) => {
+    const names = splitNames(value);
+    const areHosts = names.every((name) => /^(?:\*|(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*)$/i.test(name));
+    return areHosts && names.length > 0
       ? undefined
-      : "expected host names with commas between them, without scheme, port or path; *.example.com for all below one",
+      : "expected host names such as example.com or *.example.com with commas between them, or *";
+  },
   url: (value) => (isUrl(value) ? undefined : "expected a URL that starts with https:// or http://"),
 };
 

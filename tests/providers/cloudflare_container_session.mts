@@ -244,10 +244,15 @@ for (const [status, attempts] of [
   });
 }
 
-test("without allowed hosts the network is open, and nobody asks about it", async () => {
+test("with a star among the allowed hosts the network is open, and nobody asks about it", async () => {
   const world = new World();
+  world.allowedHosts = ["example.com", "*"];
   await world.start();
   assert.deepEqual(world.since(), [{ enableInternet: true }]);
+});
+
+test("without allowed hosts there is the API, and nothing else", () => {
+  assert.deepEqual(rulesFor(SESSION, [], "https://api.example:8443")?.hosts, ["api.example"]);
 });
 
 test("with allowed hosts a container is held to them before it starts, and again when the object was forgotten", async () => {
@@ -270,7 +275,8 @@ test("with allowed hosts a container is held to them before it starts, and again
 for (const [value, problem] of [
   ["https://example.com", /SANDBOX_ALLOWED_HOSTS is unusable: expected host names/],
   ["example.com:443", /expected host names/],
-  ["*", /expected host names/],
+  [",", /expected host names/],
+  ["*.", /expected host names/],
   ["exa*mple.com", /expected host names/],
 ] as const) {
   test(`${value} is no allowed host`, () => {

@@ -1,7 +1,7 @@
 /**
- * What a container may reach: with SANDBOX_ALLOWED_HOSTS, the API and those hosts, by HTTP and HTTPS, and nothing else.
+ * What a container may reach: the API and SANDBOX_ALLOWED_HOSTS, by HTTP and HTTPS, and nothing else, unless `*` is among them.
  *
- * The container is then started without internet, and the platform hands each of its requests to `Egress`, those over TLS
+ * The container is started without internet, and the platform hands each of its requests to `Egress`, those over TLS
  * decrypted, by a certificate authority that it puts into the container. Who is asked is decided for each request anew,
  * by what its URL says, and that is where it goes: a connection that was made for one host is no way to another.
  */
@@ -36,9 +36,9 @@ export class Egress extends WorkerEntrypoint<unknown, EgressRules> {
   }
 }
 
-/** Undefined: everything may be reached. */
+/** Undefined: everything may be reached, since `*` is allowed. */
 export function rulesFor(session: string, allowed: readonly string[], baseUrl: string): EgressRules | undefined {
-  if (allowed.length === 0) return undefined;
+  if (allowed.includes("*")) return undefined;
   const hosts = [...allowed.map((host) => host.toLowerCase()), new URL(baseUrl).hostname];
   return { session, hosts, baseUrl };
 }

@@ -9,7 +9,7 @@ export interface FolderSettings extends Settings {
   /** Empty: none. */
   readonly tools: string;
   readonly toolNames: readonly string[];
-  /** Empty: any. */
+  /** Beside the API's; with `*` among them, any. */
   readonly allowedHosts: readonly string[];
   readonly keepWarmSeconds: number;
   readonly maxFilesBytes: number;
