@@ -42,6 +42,7 @@ _TABLE: tuple[tuple[int | None, str, bool, str], ...] = (
     (503, "", True, "the Engine failed: {}"),
 )
 _MESSAGE_CHARACTERS = 300
+_LIMITS = {"MemoryLimit": "memory", "SwapLimit": "swap", "CpuCfsQuota": "CPU", "PidsLimit": "processes"}
 
 
 @contextlib.contextmanager
@@ -83,6 +84,11 @@ class Engine:
         if self._client is not None:
             await self._client.close()
             self._client = None
+
+    async def missing_limits(self) -> list[str]:
+        """What its kernel cannot limit; the Engine drops such a limit with a warning that nobody sees."""
+        info = await self.docker.system.info()
+        return [what for field, what in _LIMITS.items() if info.get(field) is False]
 
     async def container(self, name: str) -> dict[str, Any] | None:
         """What the Engine knows of a container."""

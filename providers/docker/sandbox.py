@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,11 +24,14 @@ from urllib.parse import urlsplit
 import containers
 import egress
 from _shared.errors import LaunchFailed, SettingsError
+from _shared.log import line
 from _shared.provider import Launch, SandboxInfo, Started, read_ready
 from _shared.settings import Settings, load
 from containers import Limits, Names
 from docker_settings import DockerSettings
 from engine import Engine, mapped, racing
+
+_log = logging.getLogger(__name__)
 
 _ENTER = [*containers.PYTHON, containers.ENTER]
 GRACE_SECONDS = 30  # for a runner to hand over once it is told to; it takes up to 20 s
@@ -99,6 +103,7 @@ class DockerProvider:
         self._stop_seconds = grace_seconds + containers.FORCE_SECONDS
         self._argv = list(runner)
         self._egress_lock = asyncio.Lock()
+        self._knows_limits = False
         self._ended: dict[str, float] = {}  # when a container that has ended did so, by its id; it never runs again
         self._first_seen: dict[str, float] = {}
 
@@ -108,6 +113,7 @@ class DockerProvider:
             raise LaunchFailed("the session id cannot be the name of a container", retriable=False)
         with mapped():
             image = await self._engine.image_id(self._image)
+            await self._tell_of_limits()
             await self._ensure_egress(image)
             for attempt in range(_ATTEMPTS):
                 if attempt:
@@ -225,6 +231,15 @@ class DockerProvider:
             volume = containers.volume(self._names.volume(name, part), labels, self._limits.disk_mb)
             self._refuse_strangers_volume(volume["Name"], await self._engine.create_volume(volume))
         return await self._engine.create(name, spec)
+
+    async def _tell_of_limits(self) -> None:
+        """Once: what the sandboxes will be without."""
+        if not self._knows_limits:
+            missing = await self._engine.missing_limits()
+            self._knows_limits = True
+            if missing:
+                reason = f"this Engine cannot limit {', '.join(missing)}: `docker info` says why"
+                _log.warning(line("no_limit", provider=self.name, reason=reason))
 
     async def _ensure_egress(self, image: str) -> None:
         """The proxy runs, as these settings want it: without it a sandbox reaches nothing. Looked at each time."""

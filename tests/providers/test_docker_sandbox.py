@@ -281,6 +281,22 @@ async def test_a_release_that_breaks_off_is_found_again_by_the_next_sweep(
     assert sandboxes.left() == []
 
 
+async def test_an_engine_that_cannot_limit_something_is_told_of_once(
+    sandboxes: Sandboxes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    system = type(sandboxes.provider._engine.docker.system)
+    info = system.info
+
+    async def weaker(self: Any) -> dict[str, Any]:
+        return {**await info(self), "SwapLimit": False, "PidsLimit": False}
+
+    monkeypatch.setattr(system, "info", weaker)
+    for session in ("sesn_1", "sesn_2"):
+        await sandboxes.provider.acquire(session)
+    assert caplog.text.count("action=no_limit") == 1
+    assert "this Engine cannot limit swap, processes" in caplog.text
+
+
 async def test_a_runner_that_does_not_leave_is_ended_within_the_limit() -> None:
     sandboxes = Sandboxes(grace_seconds=1)
     try:
