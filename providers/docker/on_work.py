@@ -6,6 +6,7 @@ item is acked by then: when no runner can be started, nobody offers it again.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
@@ -99,5 +100,8 @@ async def run(raw: bytes, environ: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    description = (__doc__ or "").split("\n\n")[0]
+    epilog = "The work item is read from standard input, the settings from the environment (README, Settings)."
+    argparse.ArgumentParser(prog="on-work", description=description, epilog=epilog).parse_known_args()
     log.configure()
     sys.exit(asyncio.run(run(sys.stdin.buffer.read(), os.environ)))

@@ -282,3 +282,13 @@ def test_on_work_without_its_environment_says_what_to_do(tmp_path: Path) -> None
     done = subprocess.run(["/bin/sh", str(tmp_path / "on-work")], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "run uv sync --frozen" in done.stderr
+
+
+def test_on_work_says_what_it_is() -> None:
+    command = [sys.executable, "on_work.py", "--help"]
+    done = subprocess.run(
+        command, cwd=DOCKER.path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "ant beta:worker poll --on-work" in done.stdout
+    assert "The work item is read from standard input" in done.stdout
