@@ -195,13 +195,16 @@ class Settings:
     )
     max_live: int = setting(
         "SANDBOX_MAX_LIVE",
-        "At most this many running sandboxes; more work waits in the queue. Each process counts the environment's every"
-        " 15 seconds: several that launch at once may go beyond it.",
+        "At most this many running sandboxes; more work waits in the queue. Several host processes that launch at once"
+        " may go beyond it.",
         parse=count,
         default=100,
     )
     launch_concurrency: int = setting(
-        "SANDBOX_LAUNCH_CONCURRENCY", "At most this many launches at once, in each process.", parse=count, default=10
+        "SANDBOX_LAUNCH_CONCURRENCY",
+        "At most this many launches at once, in each host process.",
+        parse=count,
+        default=10,
     )
     max_idle_seconds: float = setting(
         "SANDBOX_MAX_IDLE_SECONDS",

@@ -265,8 +265,10 @@ class DockerProvider:
         self._refuse(name, "container", found["Config"]["Labels"])
 
     def _refuse_strangers_volume(self, name: str, found: dict[str, Any]) -> None:
-        """As for a container: creating a volume whose name is taken answers with what is there."""
-        self._refuse(name, "volume", found["Labels"] or {})
+        """As for a container: creating a volume whose name is taken answers with what is there. One without any label
+        is ours: an Engine whose disk was full made it so, or somebody brought a session's files back."""
+        if found["Labels"]:
+            self._refuse(name, "volume", found["Labels"])
 
     def _refuse(self, name: str, kind: str, labels: dict[str, str]) -> None:
         if labels.get(containers.NAMESPACE) != self._names.namespace:

@@ -459,6 +459,15 @@ async def test_a_volume_that_somebody_else_has_is_neither_mounted_nor_deleted(sa
         docker("volume", "rm", name)
 
 
+async def test_a_volume_without_labels_is_the_sessions_own(sandboxes: Sandboxes) -> None:
+    """As an Engine leaves one whose disk was full, and as a person makes one to bring a session's files back."""
+    name = f"{sandboxes.name('sesn_1')}-workspace"
+    docker("volume", "create", name)
+    sandbox = await sandboxes.provider.acquire("sesn_1")
+    await sandboxes.provider.release(sandbox.id)
+    assert docker("volume", "ls", "--quiet", "--filter", f"name={name}").strip() == ""
+
+
 async def test_a_paused_sandbox_is_named_with_the_cure(sandboxes: Sandboxes) -> None:
     await sandboxes.provider.acquire("sesn_1")
     name = sandboxes.name("sesn_1")
