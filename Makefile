@@ -5,8 +5,7 @@
 PYTHON := .venv/bin/python
 VENV := .venv/.made
 PYTEST := $(PYTHON) -m pytest
-# Three workers for two cores: about half of a test's time is another process's, or a wait for one.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
+WORKERS ?= auto
 # On CI a skipped test is a failed one: there, nothing may be missing.
 PARALLEL := -n $(WORKERS) --dist worksteal $(if $(CI),-p tools.fail_on_skip)
 

@@ -408,6 +408,7 @@ def test_a_message_to_a_container_that_is_frozen_is_served_once_it_is_not(
     """One that stays so is ended: cloudflare_container_session.mts, on its own clock."""
     talk.ask(f"echo {talk.session} > session; echo kept > /tmp/kept")
     talk.wait_stopped()
+    dev.until_logged(f"action=saved session={talk.session}")  # a frozen save is waited for longer than we do
     container = talk.container()
     docker("pause", container)
     try:

@@ -425,6 +425,7 @@ class Sabotage:
         first, second = self._host.results(session)
         assert not first[0], first
         assert second[0], f"the runner outlived what was done to it: {second}"
+        await self._host.until_stopped(session)  # a message in a runner's last instant is told to the agent, not run
         self._emulator.set_script(session, [tools(call("bash", command=self._saboteur)), say("on"), end()])
         self._emulator.say(session, "go on")
         await self._host.dispatcher.drain()
