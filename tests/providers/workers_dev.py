@@ -97,11 +97,10 @@ class WorkersDev:
                 stderr=log,
                 start_new_session=True,
             )
-        try:
+        with contextlib.ExitStack() as unless_ready:
+            unless_ready.callback(self.kill)  # whoever started it has nothing yet that it could stop
             self._port = self._wait_until_ready(said)
-        except BaseException:  # whoever started it has nothing yet that it could stop
-            self.kill()
-            raise
+            unless_ready.pop_all()
 
     def _wait_until_ready(self, said: int) -> int:
         """The port where it listens."""

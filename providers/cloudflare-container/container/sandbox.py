@@ -1,4 +1,8 @@
-"""The runners and files of a container: what `sandbox_init.py` is asked to do. Standard library, GNU tar and gzip."""
+"""The runners and files of a container: what `sandbox_init.py` is asked to do. Standard library, GNU tar and gzip.
+
+One file, since one lock holds it together: no runner starts while the files are packed or unpacked, and none is left
+running behind the one that ended.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,8 @@ from typing import IO
 from _shared import runner_process
 
 RUNNER = [sys.executable, "-I", str(Path(__file__).with_name("_shared") / "sandbox_runner.py")]
-PLATFORM_CA = Path(
-    "/etc/cloudflare/certs/cloudflare-containers-ca.crt"
-)  # who looks into TLS with SANDBOX_ALLOWED_HOSTS
+# The platform's, which looks into TLS unless SANDBOX_ALLOWED_HOSTS opens the network.
+PLATFORM_CA = Path("/etc/cloudflare/certs/cloudflare-containers-ca.crt")
 SYSTEM_CAS = Path("/etc/ssl/certs/ca-certificates.crt")
 # By these OpenSSL (Python, git), requests, pip, curl, Node and the AWS SDKs are told whom to trust.
 CA_VARIABLES = (

@@ -2,7 +2,7 @@
 
 The SDK's `EnvironmentWorker.handle_item` does the serving. Around it stand the claim and the answers to what others
 left open before it starts, the question whether its stop may go through, the look back after it, and what happens on
-SIGTERM.
+SIGTERM. One file, since each of these leans on what the one before has found out about the lease.
 """
 
 from __future__ import annotations
