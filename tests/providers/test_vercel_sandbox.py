@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ import pytest
 from tests.fakes.vercel import FakeVercel
 from tests.fakes.vercel.machine import children
 from tests.providers.vercel_support import IMAGE, SNAPSHOT, VERCEL, make_provider, needs_machines, start_vercel
+from tests.runner.support import is_alive
 from tests.world import World
 from tools.emulator import Emulator
 
@@ -185,10 +187,11 @@ class TestAcquire:
         left = ["--reuid", "agent", "--regid", "agent", "--clear-groups", "--", "sleep", "600"]
         await sandbox._sandbox.create_process("/usr/bin/setpriv", left, sudo=True)
         (sleep,) = fake.running_commands(sandbox.id)
-        seen: list[bool] = []
-        fake.fail("policy", then=lambda: seen.append(is_alive(children(sleep.process.pid))))
+        await until(lambda: [name_of(pid) for pid in children(sleep.process.pid)] == ["sleep"])  # the agent's by now
+        dead: list[bool] = []
+        fake.fail("policy", then=lambda: dead.append(ends(sleep.process.pid)))
         again = await provider.acquire(SESSION)
-        assert seen == [False]  # before the network was opened
+        assert dead == [True]  # before the network was opened
         assert not again.created
         assert (disk / IMAGE.program[1:]).is_file()
         policies = [json.loads(sent.body) for sent in fake.requests if sent.operation == "policy"]
@@ -423,8 +426,20 @@ class TestInjection:
         assert policy["allow"]["127.0.0.1"] == []
 
 
-def is_alive(pids: list[int]) -> bool:
-    return any(" Z " not in Path(f"/proc/{pid}/stat").read_text() for pid in pids)
+def name_of(pid: int) -> str:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def ends(parent: int) -> bool:
+    """Whether its child is dead or dies of a signal already sent: the product waits for an answer meanwhile."""
+    deadline = time.monotonic() + 20
+    while lives := any(map(is_alive, children(parent))):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    return not lives
 
 
 async def until(true: Any) -> None:
