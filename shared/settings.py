@@ -125,9 +125,16 @@ def load(cls: type[T], environ: Mapping[str, str], known_problems: Sequence[str]
     Raises `SettingsError` naming every missing and every unusable setting beside what the caller has found; values are
     never quoted.
     """
+    values, problems = _read(cls, environ)
+    if problems := [*known_problems, *problems]:
+        raise SettingsError("; ".join(problems))
+    return cls(**values)
+
+
+def _read(cls: type, environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
-    problems = list(known_problems)
-    for declared in fields(cls):  # type: ignore[arg-type]
+    problems: list[str] = []
+    for declared in fields(cls):
         raw = _raw(declared, environ)
         if raw is None:
             if declared.default is MISSING:
@@ -141,9 +148,7 @@ def load(cls: type[T], environ: Mapping[str, str], known_problems: Sequence[str]
             # Only our own parsers' messages are shown; int() and float() would quote the value.
             reason = str(error) if str(error).startswith("expected") else "expected a number"
             problems.append(f"{declared.metadata['name']} is unusable: {reason}")
-    if problems:
-        raise SettingsError("; ".join(problems))
-    return cls(**values)
+    return values, problems
 
 
 def _raw(declared: Field[Any], environ: Mapping[str, str]) -> str | None:
@@ -256,10 +261,13 @@ class Settings:
         return tuple(key for key in (self.webhook_signing_key, self.webhook_signing_key_next) if key)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+    def from_env(cls, environ: Mapping[str, str], *others: type) -> Settings:
         """Reads the settings, and refuses an organisation API key on the host: nothing here needs one, and a leak of
-        it would cost more than this host is worth."""
+        it would cost more than this host is worth. What is wrong with `others`, the settings of a folder, is told in
+        the same error."""
         problems = []
         if environ.get("ANTHROPIC_API_KEY", "").strip():
             problems.append("ANTHROPIC_API_KEY is set: remove it, a sandbox host works with the environment key only")
+        for other in others:
+            problems += _read(other, environ)[1]
         return load(cls, environ, problems)

@@ -24,7 +24,9 @@ def declared(module):
     for cls in vars(module).values():
         if isinstance(cls, type) and cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls):
             yield from (f for f in dataclasses.fields(cls) if {"name", "help"} <= f.metadata.keys())
-modules = ["shared.settings"] + [p.stem for p in sorted(folder.glob("*.py")) if "setting(" in p.read_text("utf-8")]
+served = ["shared.server"] if (folder / "_shared/server.py").is_file() else []
+own = [p.stem for p in sorted(folder.glob("*.py")) if "setting(" in p.read_text("utf-8")]
+modules = ["shared.settings", *served, *own]
 found = {}
 for f in (f for name in modules for f in declared(importlib.import_module(name))):
     required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

@@ -61,6 +61,9 @@ _GONE = frozenset({"destroying", "destroyed"})
 _UNDER_WAY = frozenset({"pending", "building", "pulling", "snapshotting"})  # of a snapshot
 
 
+SETTINGS = (DaytonaSettings,)  # this folder's own: what is wrong with them is told with the rest
+
+
 def open_daytona(own: DaytonaSettings) -> AsyncDaytona:
     """The vendor's client."""
     # The library of its event stream would take Ctrl-C over from this process, and cancel every task.

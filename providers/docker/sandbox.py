@@ -31,6 +31,8 @@ from containers import Limits, Names
 from docker_settings import DockerSettings
 from engine import Engine, mapped, racing
 
+SETTINGS = (DockerSettings,)  # this folder's own: what is wrong with them is told with the rest
+
 _log = logging.getLogger(__name__)
 
 _ENTER = [*containers.PYTHON, containers.ENTER]

@@ -97,6 +97,9 @@ class LocalSettings:
     )
 
 
+SETTINGS = (LocalSettings,)  # this folder's own: what is wrong with them is told with the rest
+
+
 def open_provider(environ: Mapping[str, str], settings: Settings) -> LocalProvider:
     """The provider as the environment describes it. Raises `SettingsError`, also where sandboxes cannot be isolated
     and nobody allowed that."""

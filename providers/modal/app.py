@@ -22,7 +22,7 @@ from _shared.errors import SettingsError
 from _shared.settings import Settings
 from _shared.webhook import Verifier
 from image import sandbox_image
-from sandbox import APP, open_provider
+from sandbox import APP, SETTINGS, open_provider
 
 SECRET = "sandboxes"  # made of .env: see README.md  # noqa: S105
 DISPATCH_SECONDS = 900  # for one drain or sweep; a drain takes up to 240 s, and its launches 90
@@ -42,7 +42,7 @@ secret = modal.Secret.from_name(SECRET)
 def _dispatcher() -> Dispatcher:
     """This container's, made by its first call. Raises `SettingsError`."""
     log.configure()
-    settings = Settings.from_env(os.environ)
+    settings = Settings.from_env(os.environ, *SETTINGS)
     provider = open_provider(os.environ, settings, app=app, image=sandboxes_image)
     return Dispatcher(client=open_client(settings), settings=settings, provider=provider)
 

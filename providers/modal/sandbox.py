@@ -45,6 +45,9 @@ _NAME = re.compile(r"(?!ap-[a-zA-Z0-9]{22}$)[A-Za-z0-9_.-]{1,63}\Z")  # what Mod
 _RUNNING = None  # what `poll` says of a sandbox that has not ended
 
 
+SETTINGS = (ModalSettings,)  # this folder's own: what is wrong with them is told with the rest
+
+
 def open_provider(
     environ: Mapping[str, str],
     settings: Settings,

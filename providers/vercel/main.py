@@ -20,7 +20,7 @@ from _shared.errors import LaunchFailed, SandboxesError, SettingsError
 from _shared.settings import Settings, credential, load, setting
 from _shared.webhook import Verifier
 from function import Host
-from sandbox import open_provider
+from sandbox import SETTINGS, open_provider
 from store import open_store
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]  # the handler says which one it answers
@@ -52,7 +52,8 @@ class FunctionSettings:
 
 def open_host(environ: Mapping[str, str]) -> Host:
     """The host as the environment describes it. Raises `SettingsError`."""
-    settings, own = Settings.from_env(environ), load(FunctionSettings, environ)
+    settings = Settings.from_env(environ, *SETTINGS, FunctionSettings)
+    own = load(FunctionSettings, environ)
     if own.cron_secret is not None and own.cron_secret == own.status_key:
         raise SettingsError("CRON_SECRET and STATUS_KEY are the same: who may see the status could sweep, too")
     store = open_store(environ, settings.environment_id)

@@ -45,9 +45,11 @@ from _shared.provider import Launch, SandboxInfo, Started, read_ready
 from _shared.session_store import SessionStore
 from _shared.settings import Settings, load
 from firewall import Firewall
-from store import UpstashSessionStore, lease, open_store
+from store import StoreSettings, UpstashSessionStore, lease, open_store
 from vercel_errors import ERRORS, STOPPING, but_for, creating, mapped
 from vercel_settings import VercelSettings
+
+SETTINGS = (VercelSettings, StoreSettings)  # this folder's own: what is wrong with them is told with the rest
 
 _log = logging.getLogger(__name__)
 

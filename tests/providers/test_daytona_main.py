@@ -163,7 +163,7 @@ def test_a_copy_bakes_its_snapshot_and_serves_a_session_when_a_signed_webhook_ar
     assert "baked sandboxes-" in done.stdout
 
     # Without polling: once the sweep at the start has looked at the list, only a webhook brings work for a minute.
-    (copy.folder / "host.py").write_text("from main import create_app\n\napp = create_app(poll=False)\n")
+    (copy.folder / "host.py").write_text("from main import server\n\napp = server.app(poll=False)\n")
     with serving(env, tmp_path, "host:app", folder=copy.folder, python=str(copy.python)) as server:
         emulator.wait_until(lambda: any(each.operation == "work.list" for each in emulator.requests), PATIENCE_SECONDS)
         emulator.set_webhook_url(server.webhook_url)
@@ -228,8 +228,8 @@ def test_two_replicas_serve_each_session_once_and_one_may_be_killed(
 @contextlib.asynccontextmanager
 async def in_process(env: dict[str, str]) -> AsyncIterator[httpx2.AsyncClient]:
     """The application in this process, and a client of it."""
-    main = FOLDER.module("main")
-    app = main.create_app(main.Host.from_env(env))
+    server = FOLDER.module("main").server
+    app = server.app(server.open(env))
     client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://host")
     async with app.router.lifespan_context(app), client:
         yield client
@@ -264,7 +264,7 @@ async def test_the_status_page_waits_for_nobody_for_long(
     async with in_process(environ(emulator, daytona)) as client:
         await asyncio.to_thread(until, lambda: daytona.count("list"))
         emulator.fault("work.stats", "delay", None, seconds=3600.0)
-        monkeypatch.setattr(FOLDER.module("main"), "_STATUS_SECONDS", 1.0)
+        monkeypatch.setattr(FOLDER.shared("server"), "STATUS_SECONDS", 1.0)
         async with asyncio.timeout(25.0):  # the client's own patience with one call is 30 s
             shown = (await client.get("/status", headers={"authorization": f"Bearer {STATUS_KEY}"})).json()
         assert (shown["sandboxes"], shown["queue"]) == ([], None)

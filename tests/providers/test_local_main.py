@@ -37,7 +37,7 @@ def test_what_is_no_port_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["main.py", f"--port={port}"])
     with pytest.raises(SystemExit) as end:
-        load_folder(folder).module("main").main()
+        load_folder(folder).module("main").server.main()
     assert end.value.code == 2
     assert f"argument --port: invalid port value: '{port}'" in capsys.readouterr().err.splitlines()[-1]
 
@@ -209,7 +209,7 @@ def test_without_its_sweep_the_server_ends(emulator: Emulator, tmp_path: Path) -
         import dataclasses, os, sys
         import uvicorn
         from _shared import log
-        from main import Host, create_app
+        from main import server
 
         class Broken:
             name = "broken"
@@ -219,8 +219,8 @@ def test_without_its_sweep_the_server_ends(emulator: Emulator, tmp_path: Path) -
                 pass
 
         log.configure()
-        host = dataclasses.replace(Host.from_env(os.environ), provider=Broken())
-        uvicorn.run(create_app(host), port=0, log_config=None)
+        host = dataclasses.replace(server.open(os.environ), provider=Broken())
+        uvicorn.run(server.app(host), port=0, log_config=None)
     """)
     done = failed_start(["-c", program], environ(emulator, tmp_path))
     assert done.returncode == -signal.SIGTERM

@@ -137,8 +137,15 @@ async def test_it_outlives_a_provider_that_answers_nothing(emulator: Emulator, m
 # --- the command -----------------------------------------------------------------------------------------------------
 
 SANDBOX = """
-import asyncio
+from dataclasses import dataclass
 from shared.provider import Started
+from shared.settings import count, setting
+
+@dataclass(frozen=True)
+class TinySettings:
+    size: int = setting("TINY_SIZE", "How tiny.", parse=count, default=1)
+
+SETTINGS = (TinySettings,)
 
 class Sandbox:
     id, created = "box", True
@@ -208,11 +215,11 @@ def test_it_serves_until_it_is_told_to_stop(
 
 
 def test_a_wrong_setting_is_exit_2_and_a_line_that_names_it(folder: Path) -> None:
-    process = start(folder, {"SANDBOX_MAX_LIVE": "many"})
+    process = start(folder, {"SANDBOX_MAX_LIVE": "many", "TINY_SIZE": "none"})
     _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2
     (line,) = err.splitlines()
     assert "action=settings" in line
-    for name in ("ANTHROPIC_ENVIRONMENT_ID", "ANTHROPIC_ENVIRONMENT_KEY", "SANDBOX_MAX_LIVE"):
+    for name in ("ANTHROPIC_ENVIRONMENT_ID", "ANTHROPIC_ENVIRONMENT_KEY", "SANDBOX_MAX_LIVE", "TINY_SIZE"):
         assert name in line
     assert "many" not in line

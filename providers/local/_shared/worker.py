@@ -71,8 +71,9 @@ def stop_on_signals() -> asyncio.Event:
 
 async def serve() -> None:
     """Runs the folder's provider (`sandbox.open_provider`) until told to stop. Raises `SettingsError`."""
-    settings = Settings.from_env(os.environ)
-    provider = importlib.import_module("sandbox").open_provider(os.environ, settings)
+    sandbox = importlib.import_module("sandbox")
+    settings = Settings.from_env(os.environ, *sandbox.SETTINGS)
+    provider = sandbox.open_provider(os.environ, settings)
     dispatcher = Dispatcher(client=open_client(settings), settings=settings, provider=provider)
     stop = stop_on_signals()
     _log.info(log.line("polling", provider=provider.name))
