@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -119,6 +120,13 @@ def test_a_schedule_plays_the_same_again() -> None:
     for seed in range(5):
         first, second = play(generate(seed)), play(generate(seed))
         assert (first.violations, first.story) == (second.violations, second.story)
+
+
+def test_what_a_schedule_leaves_is_collected() -> None:
+    play(generate(0))
+    before = gc.get_freeze_count()
+    play(generate(1))
+    assert gc.get_freeze_count() == before
 
 
 def test_a_schedule_prints_as_python() -> None:
