@@ -131,7 +131,7 @@ def _determined(seed: int) -> Iterator[None]:
         patches.enter_context(mock.patch.object(secrets, "token_hex", lambda size=16: luck.randbytes(size).hex()))
         patches.enter_context(mock.patch.object(AsyncIOBackend, "run_sync_in_worker_thread", threads))
         patches.enter_context(mock.patch.object(os, "fdatasync", return_value=None))  # no power is cut here
-        patches.enter_context(mock.patch.object(gc, "freeze"))  # for a process of one runner; here it would keep them all
+        patches.enter_context(mock.patch.object(gc, "freeze"))  # for a process of one runner; ours has thousands
         sdk = logging.getLogger("anthropic")
         level = sdk.level
         sdk.setLevel(logging.CRITICAL)  # it says in words what the product has to cope with
