@@ -51,6 +51,7 @@ export class Lease {
   #beating: Promise<boolean> | undefined;
   #triedAt: number;
   isStopped = false;
+  #stopSent = false;
 
   /** `record` is what `save` kept last, by this runner or by one before it; undefined when nothing was claimed yet. */
   constructor(job: Job, record: LeaseRecord | undefined, save: (record: LeaseRecord) => void) {
@@ -87,7 +88,15 @@ export class Lease {
   /** True while a tool may start: the lease will surely outlive the start (R5). */
   get isFresh(): boolean {
     const margin = Math.min(FRESH_MARGIN_SECONDS, this.#record.ttlSeconds / 2);
-    return this.#end === undefined && this.#ageSeconds < this.#record.ttlSeconds - margin;
+    return this.#end === undefined && !this.#stopSent && this.#ageSeconds < this.#record.ttlSeconds - margin;
+  }
+
+  /**
+   * A stop of ours, at the end of a turn, may have been recorded, whether its answer was seen or not: what the server calls
+   * stopped since then is no operator's doing.
+   */
+  get isStopOurs(): boolean {
+    return this.#stopSent;
   }
 
   /** When the next beat is due, in milliseconds from now; sooner after one that was not answered. */
@@ -172,12 +181,14 @@ export class Lease {
       if (!(await this.#mayStop())) continue;
       try {
         const { workId, environmentId } = this.#job;
+        this.#stopSent ||= this.#end === undefined;
         await this.#api.beta.environments.work.stop(workId, { environment_id: environmentId, force: true });
         this.isStopped = true;
       } catch (error) {
         this.isStopped = isStatus(apiError(error), 409);
       }
     }
+    if (this.#stopSent && !this.isStopped) await this.#mayStop(); // tells what became of the last one
     return this.isStopped;
   }
 
@@ -213,8 +224,10 @@ export class Lease {
     if (!["stopping", "stopped"].includes(answer.state) && answer.lease_extended) {
       const ttlSeconds = answer.ttl_seconds || this.#record.ttlSeconds;
       this.#keep({ lastHeartbeat: answer.last_heartbeat, ttlSeconds, beatenAt: sentAt, unknownSince: null });
+      this.#stopSent = false;
       return true;
     }
+    this.#stopSent &&= answer.state === "stopped"; // ours is by force
     const isTheirs = !["", null, this.#record.lastHeartbeat].includes(answer.last_heartbeat);
     this.#finish(isTheirs && unknownBefore === null ? "lost" : "stopping");
     return false;
@@ -236,6 +249,7 @@ export class Lease {
           beatenAt: unknownBefore,
           unknownSince: null,
         });
+        this.#stopSent = false;
         return true;
       }
       if (this.isClaimed || unknownBefore === null) this.#finish("lost");

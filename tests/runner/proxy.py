@@ -21,6 +21,7 @@ OPERATIONS = {
     "send": r"POST .*/events$",
     "skill": r"GET /v1/skills/.*",
     "memories": r"GET .*/memories$",
+    "memory": r"POST .*/memories/.*",
 }
 
 
@@ -33,6 +34,7 @@ class Fault:
     times: float
     status: int = 500
     body: dict[str, Any] = field(default_factory=dict)
+    is_answered: bool = True
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     """A request has met this fault."""
     released: asyncio.Event = field(default_factory=asyncio.Event)
@@ -87,9 +89,9 @@ class Proxy:
         """Answered with this status; never reaches the emulator."""
         return self._add(Fault(operation, "answer", times, status, body or {}))
 
-    def hold(self, operation: str, times: float = 1) -> Fault:
-        """Goes on once the fault's `released` is set."""
-        return self._add(Fault(operation, "hold", times))
+    def hold(self, operation: str, times: float = 1, *, is_answered: bool = True) -> Fault:
+        """Goes on once the fault's `released` is set; the answer may be lost then."""
+        return self._add(Fault(operation, "hold", times, is_answered=is_answered))
 
     def clear(self) -> None:
         self._faults.clear()
@@ -131,7 +133,7 @@ class Proxy:
         elif kind != "drop":
             async with contextlib.aclosing(self._forward(head, body)) as chunks:
                 async for chunk in chunks:
-                    if kind not in ("lose", "spoil", "empty"):
+                    if kind not in ("lose", "spoil", "empty") and (fault is None or fault.is_answered):
                         writer.write(chunk)
                         await writer.drain()
         if fault is not None and kind == "spoil":

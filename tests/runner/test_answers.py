@@ -15,6 +15,7 @@ from shared.runner_answers import INTERRUPTED_BEFORE, LOST, NEVER_STARTED
 from shared.runner_events import OWNED_TOOLS
 from shared.runner_job import EXIT_OK
 from shared.runner_journal import Journal
+from shared.runner_tools import NOT_STARTED
 from tests.runner.proxy import Proxy
 from tests.runner.support import (
     Start,
@@ -179,21 +180,24 @@ async def test_a_start_that_hangs_does_not_keep_the_session(
 # --- After the stop ---------------------------------------------------------------------------------------------------
 
 
-async def stop_held(emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, **options: Any) -> Any:
+async def stop_held(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, *, is_answered: bool = True, **options: Any
+) -> Any:
     """A runner whose stop, decided upon and fenced, is on its way."""
     emulator.say(session_id, "!echo one")
     runner = await in_process(emulator, proxy.url, tmp_path, **options)
-    held = proxy.hold("stop")
+    held = proxy.hold("stop", is_answered=is_answered)
     running = runner.start()
     await held.reached.wait()
     return runner, running, held
 
 
+@pytest.mark.parametrize("is_answered", [True, False])
 @pytest.mark.parametrize("switches", [Switches(), Switches(unprocessed_input_at_stop="strand")])
 async def test_a_message_in_the_last_instant_gets_another_sandbox(
-    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, is_answered: bool
 ) -> None:
-    _, running, held = await stop_held(emulator, proxy, session_id, tmp_path)
+    _, running, held = await stop_held(emulator, proxy, session_id, tmp_path, is_answered=is_answered)
     emulator.set_script(session_id, [call("bash", command="echo two > two"), repeat_output, end()])
     emulator.say(session_id, "wait")
     assert emulator.work(session_id)["state"] == "active"
@@ -204,15 +208,21 @@ async def test_a_message_in_the_last_instant_gets_another_sandbox(
     assert not (tmp_path / "workspace" / "two").exists()
 
 
+@pytest.mark.parametrize(("is_answered", "thinking"), [(True, 0.5), (False, 2.0)])
 async def test_a_message_in_the_last_instant_that_is_still_thought_about(
-    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, is_answered: bool, thinking: float
 ) -> None:
-    _, running, held = await stop_held(emulator, proxy, session_id, tmp_path, look_back_seconds=60.0)
-    emulator.set_script(session_id, [sleep(0.5), call("bash", command="echo two"), repeat_output, end()])
+    """Without an answer to its stop the runner goes on, and finds that it was recorded."""
+    _, running, held = await stop_held(
+        emulator, proxy, session_id, tmp_path, look_back_seconds=60.0, is_answered=is_answered
+    )
+    emulator.set_script(session_id, [sleep(thinking), call("bash", command="echo two > two"), repeat_output, end()])
     emulator.say(session_id, "wait")
     held.released.set()
     assert await running == IDLE
-    assert results(emulator, session_id) == ["one", NEVER_STARTED]
+    one, two = results(emulator, session_id)
+    assert (one, two in (NEVER_STARTED, NOT_STARTED)) == ("one", True)
+    assert not (tmp_path / "workspace" / "two").exists()
 
 
 async def test_thinking_is_not_waited_for_for_ever(

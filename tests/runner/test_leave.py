@@ -7,13 +7,15 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import pytest
 from anthropic.lib.tools import ToolError, beta_async_tool, beta_tool
+from anthropic.types.beta.environments import BetaSelfHostedWorkHeartbeatResponse
 
 from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK
-from shared.runner_lease import NO_HEARTBEAT
+from shared.runner_lease import NO_HEARTBEAT, note_beat
 from shared.runner_tools import INTERRUPTED, NOT_STARTED, ToolFactory
 from tests.runner.proxy import Proxy
 from tests.runner.support import Bench, eventually, in_process, operations, results, texts, until, wait_file, wait_idle
@@ -245,13 +247,27 @@ async def slow() -> str:
     return "never"
 
 
-async def test_a_call_waits_for_a_beat_when_the_last_is_too_old(bench: Bench) -> None:
-    bench.time = 241
+@pytest.mark.parametrize(("age", "stop_sent"), [(241, False), (1, True)])
+async def test_a_call_waits_for_a_beat_when_the_last_is_too_old_or_came_before_a_stop(
+    bench: Bench, age: int, stop_sent: bool
+) -> None:
+    bench.time, bench.lease.stop_sent = age, stop_sent
     calling = asyncio.create_task(bench.guard.run(quick, {}))
     await asyncio.wait([calling], timeout=0.05)
     assert not calling.done()
-    bench.lease.beaten("b", 300, sent_at=241)
+    bench.lease.beaten("b", 300, sent_at=age)
     assert await calling == "done"
+
+
+@pytest.mark.parametrize("state", ["stopping", "stopped"])
+def test_a_stop_is_ours_when_we_have_sent_one_and_it_is_done(bench: Bench, state: Any) -> None:
+    bench.lease.stop_sent = True
+    answer = BetaSelfHostedWorkHeartbeatResponse(
+        type="work_heartbeat", last_heartbeat="a", lease_extended=False, state=state, ttl_seconds=300
+    )
+    note_beat(bench.lease, answer, sent_at=1.0)
+    assert bench.lease.stopping.is_set()
+    assert bench.lease.stop_sent is (state == "stopped")
 
 
 @pytest.mark.parametrize("ends", ["leaving", "lost", "stopping"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shared.runner_job import EXIT_OK
+from shared.runner_job import EXIT_HANDED_OVER, EXIT_OK
 from tests.runner.proxy import Proxy
 from tests.runner.support import eventually, in_process, operations, results, texts, until, wait_file
 from tools.emulator import Emulator, Switches, call, custom, end, repeat_output, say, sleep, tools
@@ -167,6 +167,29 @@ async def test_a_stop_that_fails_is_tried_again_after_another_wait(
     assert broken.times == 0
     assert proxy.count("stop") == 2
     assert not runner.events("retry")
+
+
+@pytest.mark.parametrize(("told", "saved"), [(False, "second\n"), (True, "first")])
+async def test_memory_that_is_slow_to_save_is_waited_for_unless_the_sandbox_goes(
+    emulator: Emulator, proxy: Proxy, tmp_path: Path, told: bool, saved: str
+) -> None:
+    emulator.memory_root = str(tmp_path / "memory")
+    store_id = emulator.add_memory_store("notes", {"/a.md": "first"})
+    session_id = emulator.create_session(resources=[store_id])
+    write = call("bash", command=f"echo second > {tmp_path}/memory/notes/a.md")
+    emulator.set_script(session_id, [tools(write, ASKED), end()])
+    emulator.say(session_id, "go")
+    runner = await waiting(emulator, proxy.url, tmp_path, teardown_seconds=0.1)
+    slow = proxy.hold("memory")
+    running = runner.start()
+    await slow.reached.wait()
+    if told:
+        runner.session.leave()
+    else:
+        await asyncio.sleep(1.0)  # longer than it would have if told to leave
+        slow.released.set()
+    assert await running == ((EXIT_HANDED_OVER, "told to leave") if told else NOBODY)
+    assert emulator.memories(store_id) == {"/a.md": saved}
 
 
 async def test_somebody_who_comes_in_time_is_served(emulator: Emulator, session_id: str, tmp_path: Path) -> None:

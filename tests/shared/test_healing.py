@@ -426,6 +426,24 @@ async def test_an_answer_that_comes_while_we_look_is_not_given_twice(world: Worl
     assert count(world.emulator, "events.send") == 0
 
 
+async def test_one_answer_that_comes_too_late_loses_the_others_for_one_sweep(world: World, detour: Detour) -> None:
+    session = await world.strand(tools(call("bash", command="one"), call("bash", command="two")), say("told"), end())
+    first, second = world.emulator.pending_calls(session)
+    late = [{"type": "user.tool_result", "tool_use_id": first, "content": [{"type": "text", "text": "late"}]}]
+
+    def the_dead_runner_answers(request: httpx2.Request, _: httpx2.Response) -> None:
+        if late and request.method == "GET" and request.url.params.get("limit") == "1000":
+            world.emulator.send(session, late.pop())
+
+    detour.changes.append(the_dead_runner_answers)
+    await world.dispatcher.sweep()
+    assert world.emulator.pending_calls(session) == [second]
+    await world.claim_and_die(session)  # the late answer has queued it
+    await world.dispatcher.sweep()
+    assert [text for text, _ in world.results(session)] == ["late", LOST]
+    assert world.said(session) == "told"
+
+
 async def test_the_sessions_own_status_is_what_counts(world: World, detour: Detour) -> None:
     session = await world.strand()
 

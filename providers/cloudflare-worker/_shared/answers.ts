@@ -14,7 +14,6 @@ import type { Emit } from "./log.ts";
 
 export const INTERRUPTED_BEFORE = "the turn was interrupted before this had an answer; it was not run again";
 export const NEVER_STARTED = "the sandbox was shut down before this was started; nothing of it was run";
-export const LOOK_BACK_MS = 5_000; // while a last message is still thought about
 const LOOK_AGAIN_MS = 1_000;
 
 export class Answers {
@@ -29,35 +28,48 @@ export class Answers {
   }
 
   /** Reads the log and answers what an interrupt left open before us: calls of ours, and those that were begun here. */
-  async settlePredecessors(log: EventLog, customTools: ReadonlySet<string>, journal: Journal): Promise<void> {
+  async settlePredecessors(
+    log: EventLog,
+    customTools: ReadonlySet<string>,
+    journal: Journal,
+    signal: AbortSignal,
+  ): Promise<void> {
     try {
-      await readLog(this.#api, this.#sessionId, log);
+      await readLog(this.#api, this.#sessionId, log, signal);
     } catch (error) {
-      this.#emit("retry", { error: errorLabel(apiError(error)), attempt: 0 });
+      this.#tell(error, signal);
       return;
     }
     const ended = [...log.interrupted.values()].filter((call) => !log.answered.has(call.id));
     const ours = ended.filter((call) => journal.find(call.id) !== undefined || isOurs(call, customTools));
-    await this.send(ours.map((call) => errorResult(call, INTERRUPTED_BEFORE)));
+    await this.send(
+      ours.map((call) => errorResult(call, INTERRUPTED_BEFORE)),
+      signal,
+    );
   }
 
   /**
    * Once our stop is confirmed: a message that the session took up between our last look and the stop had a live item, so
-   * it queued none. What it led to is answered, which does; while the model still works, we look again.
+   * it queued none. What it led to is answered, which does; while the model still works, we look again, until `signal`.
    */
-  async lookBack(lease: Lease, owned: ReadonlySet<string>, settled: ReadonlyMap<string, Call>): Promise<void> {
-    const until = Date.now() + LOOK_BACK_MS;
+  async lookBack(
+    lease: Lease,
+    owned: ReadonlySet<string>,
+    settled: ReadonlyMap<string, Call>,
+    signal: AbortSignal,
+  ): Promise<void> {
     try {
-      while (Date.now() < until && !(await recentLog(this.#api, this.#sessionId, settled)).isOver) {
-        const log = await readLog(this.#api, this.#sessionId);
+      while (!signal.aborted && !(await recentLog(this.#api, this.#sessionId, settled, signal)).isOver) {
+        const log = await readLog(this.#api, this.#sessionId, undefined, signal);
         if (log.onlyWaits(owned)) return;
         if ((await lease.probe())?.state !== "stopped") return; // queued again already, perhaps served
         const waiting = [...log.open.values()].filter((call) => owned.has(call.name));
-        if (waiting.length > 0) return await this.send(waiting.map((call) => errorResult(call, NEVER_STARTED)));
+        const answers = waiting.map((call) => errorResult(call, NEVER_STARTED));
+        if (answers.length > 0) return await this.send(answers, signal);
         await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN_MS));
       }
     } catch (error) {
-      this.#emit("retry", { error: errorLabel(apiError(error)), attempt: 0 }); // the sweep looks in our place
+      this.#tell(error, signal); // the sweep looks in our place
     }
   }
 
@@ -68,14 +80,20 @@ export class Answers {
   }
 
   /** One by one: a request with several is refused as a whole, and one of them may be answered already. */
-  async send(events: readonly ResultEvent[]): Promise<void> {
+  async send(events: readonly ResultEvent[], signal?: AbortSignal): Promise<void> {
     for (const event of events) {
+      if (signal?.aborted) return;
       try {
-        await this.#api.beta.sessions.events.send(this.#sessionId, { events: [event] });
+        await this.#api.beta.sessions.events.send(this.#sessionId, { events: [event] }, { signal });
       } catch (error) {
         if (isStatus(apiError(error), 400)) continue; // nobody waits for it any more
-        this.#emit("retry", { error: errorLabel(error), attempt: 0 }); // the sweep's healing answers in our place
+        this.#tell(error, signal); // the sweep's healing answers in our place
       }
     }
+  }
+
+  #tell(error: unknown, signal?: AbortSignal): void {
+    const label = errorLabel(apiError(error));
+    if (!signal?.aborted) this.#emit("retry", { error: label, attempt: 0 });
   }
 }

@@ -218,8 +218,13 @@ export function answeredId(event: SessionEvent | ResultEvent): string | undefine
 }
 
 /** The whole log. Throws the SDK's errors. */
-export async function readLog(api: Anthropic, sessionId: string, log = new EventLog()): Promise<EventLog> {
-  for await (const event of api.beta.sessions.events.list(sessionId, { limit: PAGE })) log.note(event);
+export async function readLog(
+  api: Anthropic,
+  sessionId: string,
+  log = new EventLog(),
+  signal?: AbortSignal,
+): Promise<EventLog> {
+  for await (const event of api.beta.sessions.events.list(sessionId, { limit: PAGE }, { signal })) log.note(event);
   log.readings += 1;
   return log;
 }
@@ -229,9 +234,10 @@ export async function recentLog(
   api: Anthropic,
   sessionId: string,
   settled: ReadonlyMap<string, Call>,
+  signal?: AbortSignal,
 ): Promise<EventLog> {
   const log = new EventLog(settled);
-  const page = await api.beta.sessions.events.list(sessionId, { order: "desc", limit: RECENT_EVENTS });
+  const page = await api.beta.sessions.events.list(sessionId, { order: "desc", limit: RECENT_EVENTS }, { signal });
   for (const event of page.data.toReversed()) log.note(event);
   return log;
 }

@@ -168,6 +168,8 @@ export class Healer {
     const answers = strand.calls.map((call) => errorResult(call, LOST));
     const interrupts = strand.isTreated && !strand.othersWait;
     const events = interrupts ? [...answers, { type: "user.interrupt" as const }] : answers;
+    // At once: the first answer queues the session, and its next runner must not find the second call open. A 400 for all
+    // of them says that one was answered meanwhile; the log says which, at the next sweep.
     await this.#client.beta.sessions.events.send(sessionId, { events });
     const reason = `${answers.length} calls answered${interrupts ? ", turn interrupted" : ""}`;
     log.warning("healed", { session: sessionId, work: item.id, reason });

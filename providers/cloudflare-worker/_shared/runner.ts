@@ -26,6 +26,8 @@ const SETUP_ATTEMPTS = 3;
 const SETUP_PAUSE_MS = 2_000;
 const LONGEST_PAUSE_MS = 30_000;
 const LONGEST_LOOK_MS = 5_000;
+const SETTLE_CALLS_MS = 30_000; // for the answers at the start; far below the lease
+const LOOK_BACK_MS = 5_000; // after our stop at the end of a turn, while a last message is still thought about
 
 /** Exit codes, as of every runner. */
 export const EXIT = { ok: 0, leaseLost: 76, handedOver: 143 } as const;
@@ -151,7 +153,9 @@ export class Runner {
   }
 
   async #serve(): Promise<Exit> {
-    await this.#answers.settlePredecessors(this.#log, this.#customTools, this.#journal);
+    await unless(this.#over.signal, SETTLE_CALLS_MS, (signal) =>
+      this.#answers.settlePredecessors(this.#log, this.#customTools, this.#journal, signal),
+    );
     let failures = 0;
     while (!this.#over.signal.aborted) {
       const began = Date.now();
@@ -233,9 +237,11 @@ export class Runner {
       if (this.#fate() === "drop") return { code: EXIT.leaseLost, reason: "the lease was lost" };
       // Stopped first: an answer to a session without a live item queues it again, for the next runner.
       await this.#answers.send([...this.#heldBack, ...this.#unposted()]);
-      return { code: EXIT.ok, reason: "stopped by the operator" };
+      if (!this.lease.isStopOurs) return { code: EXIT.ok, reason: "stopped by the operator" };
     }
-    await this.#answers.lookBack(this.lease, this.#owned, this.#log.interrupted);
+    await unless(this.#leaving.signal, LOOK_BACK_MS, (signal) =>
+      this.#answers.lookBack(this.lease, this.#owned, this.#log.interrupted, signal),
+    );
     return { code: EXIT.ok, reason: this.#patience.signal.aborted ? "nobody else went on" : "the session is idle" };
   }
 
@@ -301,6 +307,19 @@ export class Runner {
         { once: true },
       );
     });
+  }
+}
+
+/** Does `work` for so long, or until `end`. Its signal is aborted then, and what it is at is not waited for. */
+async function unless(end: AbortSignal, ms: number, work: (signal: AbortSignal) => Promise<void>): Promise<void> {
+  const limit = new AbortController();
+  const over = new Promise<void>((resolve) => limit.signal.addEventListener("abort", () => resolve(), { once: true }));
+  abortWith(limit, end);
+  const timer = setTimeout(() => limit.abort(), ms);
+  try {
+    await Promise.race([work(limit.signal), over]);
+  } finally {
+    clearTimeout(timer);
   }
 }
 

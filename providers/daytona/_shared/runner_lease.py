@@ -46,7 +46,10 @@ class Lease:
         """When the first beat was sent whose answer was never seen: it may have been recorded (R2)."""
         self.lost = asyncio.Event()
         self.stopping = asyncio.Event()
-        """The server said stopping or stopped: an operator's stop. The item is to be stopped, whatever is open."""
+        """The server said stopping or stopped. The item is to be stopped, whatever is open."""
+        self.stop_sent = False
+        """A stop of ours, at the end of a turn, may have been recorded, whether its answer was seen or not: what the
+        server calls stopped since then is no operator's doing."""
         self._beaten_at = now()
         self._beat = asyncio.Event()
         self._on_beat = on_beat
@@ -56,6 +59,7 @@ class Lease:
         self.last_heartbeat = last_heartbeat
         self.ttl_seconds = ttl_seconds or self.ttl_seconds
         self.unknown_since = None
+        self.stop_sent = False
         self._beaten_at = sent_at
         self._beat.set()
         self._on_beat(last_heartbeat)
@@ -69,7 +73,8 @@ class Lease:
     def fresh(self) -> bool:
         """True while a tool may start: the lease will surely outlive the start (R5)."""
         margin = min(FRESH_MARGIN_SECONDS, self.ttl_seconds / 2)
-        return not self.lost.is_set() and self.age_seconds < self.ttl_seconds - margin
+        is_ours = not (self.lost.is_set() or self.stop_sent)
+        return is_ours and self.age_seconds < self.ttl_seconds - margin
 
     async def wait_fresh(self, *unless: asyncio.Event) -> None:
         """Returns once a tool may start, or once one of `unless` is set."""
@@ -152,6 +157,7 @@ class LeaseMiddleware(Middleware):
         # The SDK's client repeats a stop that met a 409; by then the item may be queued again, for somebody else.
         if self.stopped or not await self._may_stop():
             return BetaSelfHostedWork.model_construct()
+        self._lease.stop_sent |= not self._lease.stopping.is_set()
         response = await call_next(request)
         self.stopped = response.status_code in (200, 204, 409)
         return response
@@ -184,6 +190,7 @@ def note_beat(lease: Lease, beat: BetaSelfHostedWorkHeartbeatResponse, sent_at: 
     elif lease.unknown_since is None and beat.last_heartbeat not in ("", lease.last_heartbeat):
         lease.lost.set()
     else:
+        lease.stop_sent &= beat.state == "stopped"  # ours is by force
         lease.stopping.set()
 
 

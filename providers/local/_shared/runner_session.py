@@ -27,6 +27,7 @@ from .runner_patience import Patience
 from .runner_tools import Guard, Mark, ToolFactory
 
 TEARDOWN_SECONDS = 12.0  # for the SDK after SIGTERM: the tool's end, the memory flush, the stop
+FLUSH_SECONDS = 60.0  # before that, where nothing hurries: the SDK's own limit for a flush is half of it
 LOOK_BACK_SECONDS = 5.0  # after our stop at the end of a turn, while a last message is still thought about
 LEAVE_SECONDS = 10.0  # then, for our own stop and the held answers
 MAX_RETRIES = 2  # of one request; the SDK's own default
@@ -58,6 +59,7 @@ class Session:
         settle_seconds: float = SETTLE_SECONDS,
         pause_seconds: float = SETUP_PAUSE_SECONDS,
         teardown_seconds: float = TEARDOWN_SECONDS,
+        flush_seconds: float = FLUSH_SECONDS,
         leave_seconds: float = LEAVE_SECONDS,
         look_back_seconds: float = LOOK_BACK_SECONDS,
         settle_calls_seconds: float = SETTLE_CALLS_SECONDS,
@@ -72,6 +74,7 @@ class Session:
         self._settle_seconds = settle_seconds
         self._pause_seconds = pause_seconds
         self._teardown_seconds = teardown_seconds
+        self._flush_seconds = flush_seconds
         self._leave_seconds = leave_seconds
         self._look_back_seconds = look_back_seconds
         self._settle_calls_seconds = settle_calls_seconds
@@ -120,7 +123,8 @@ class Session:
 
     async def _serve(self, custom_tools: ToolFactory) -> Exit:
         guard = self._guard
-        await self._unless_over(self._answers.settle_predecessors(self._log, self._journal), self._settle_calls_seconds)
+        settling = self._answers.settle_predecessors(self._log, self._journal)
+        await self._unless(self._ends, settling, self._settle_calls_seconds)
         worker = EnvironmentWorker(
             self._client, workdir=self._workdir, tools=guard.tools(custom_tools), max_idle=self._job.max_idle_seconds
         )
@@ -147,16 +151,12 @@ class Session:
                 return EXIT_OK, f"set-up failed {failures} times ({failure}); the agent was told"
             pause = min(self._pause_seconds * failures, _LONGEST_PAUSE_SECONDS)
             await first_of(self._leaving.wait(), self._lease.lost.wait(), asyncio.sleep(pause))
-        if self._middleware.stopped and not self._is_told:
-            await self._unless_over(
-                self._answers.look_back(guard.owned, self._log.interrupted), self._look_back_seconds
-            )
         return await self._leave()
 
-    async def _unless_over(self, work: Coroutine[Any, Any, None], seconds: float) -> None:
-        """Does `work` for so long, or until something ends this runner."""
+    async def _unless(self, ends: tuple[asyncio.Event, ...], work: Coroutine[Any, Any, None], seconds: float) -> None:
+        """Does `work` for so long, or until one of `ends` is set."""
         doing = asyncio.create_task(work)
-        await first_of(doing, *(event.wait() for event in self._ends), asyncio.sleep(seconds))
+        await first_of(doing, *(event.wait() for event in ends), asyncio.sleep(seconds))
         if doing.done():
             doing.result()
         doing.cancel()
@@ -167,12 +167,8 @@ class Session:
         return (self._leaving, self._lease.lost, self._lease.stopping)
 
     @property
-    def _is_told(self) -> bool:
-        return any(event.is_set() for event in self._ends)
-
-    @property
     def _is_over(self) -> bool:
-        return self._middleware.stopped or self._is_told
+        return self._middleware.stopped or any(event.is_set() for event in self._ends)
 
     async def _handle_item(self, worker: EnvironmentWorker) -> str | None:
         """One pass of the SDK's worker. Returns the type of what ended it, if something did."""
@@ -186,14 +182,15 @@ class Session:
                 environment_key=job.environment_key,
             )
         )
-        await first_of(run, self._leaving.wait(), self._lease.lost.wait(), self._patience.is_over.wait())
+        hurries = (self._leaving, self._lease.lost)
+        await first_of(run, *(event.wait() for event in hurries), self._patience.is_over.wait())
         if not run.done():
-            # The first cancellation lets the SDK end the tool, flush and stop; the second ends what still hangs then.
-            for seconds in (self._teardown_seconds, _ABORT_SECONDS):
-                run.cancel()
-                await asyncio.wait([run], timeout=seconds)
-                if run.done():
-                    break
+            run.cancel()  # lets the SDK end the tool, flush and stop, in its own time if only patience has ended
+            await first_of(run, *(event.wait() for event in hurries), asyncio.sleep(self._flush_seconds))
+            await asyncio.wait([run], timeout=self._teardown_seconds)
+            if not run.done():
+                run.cancel()  # ends what still hangs
+                await asyncio.wait([run], timeout=_ABORT_SECONDS)
         if not run.done() or run.cancelled() or (error := run.exception()) is None:
             return None
         while isinstance(error, BaseExceptionGroup):
@@ -274,8 +271,10 @@ class Session:
             return EXIT_LEASE_LOST, "the lease was lost"
         if told:
             return EXIT_HANDED_OVER, "told to leave"
-        if self._lease.stopping.is_set():
+        if self._lease.stopping.is_set() and not self._lease.stop_sent:
             return EXIT_OK, "stopped by the operator"
+        looking = self._answers.look_back(self._guard.owned, self._log.interrupted)
+        await self._unless((self._leaving, self._lease.lost), looking, self._look_back_seconds)
         waited = self._patience.is_over.is_set()
         return EXIT_OK, "nobody else went on" if waited else "the session is idle"
 

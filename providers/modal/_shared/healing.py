@@ -166,6 +166,8 @@ class Healer:
         interrupts = strand.treated and not strand.others_wait
         if interrupts:
             events.append({"type": "user.interrupt"})
+        # At once: the first answer queues the session, and its next runner must not find the second call open. A 400
+        # for all of them says that one was answered meanwhile; the log says which, at the next sweep.
         await self._client.beta.sessions.events.send(session_id, events=events)  # type: ignore[arg-type]
         reason = f"{len(strand.calls)} calls answered" + (", turn interrupted" if interrupts else "")
         _log.warning(log.line("healed", session=session_id, work=item.id, reason=reason))

@@ -195,6 +195,6 @@ class Dispatcher:
 
 
 def _log_if_failed(task: asyncio.Task[None], action: str, **names: str) -> None:
-    """A vendor error that no table maps, or a mistake of ours: loudly, and it ends nothing but its own task."""
+    """Tells loudly of what ended `task`: a vendor error that no table maps, or a mistake of ours. It ends no other."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.bug(_log, action, error, **names)

@@ -89,7 +89,7 @@ def redact(text: str) -> str:
 
 def _without_known(text: str) -> str:
     """`text` without what `hide` was told. Searched for, not matched: a pattern of all spellings takes 50 ms to make,
-    and every launch brings two new secrets."""
+    and every runner is a new process with secrets of its own."""
     found = {place for each in _known.values() for place in _places(text, each.open)}
     gaps = [gap.span() for gap in _BETWEEN.finditer(text)] if _known else []
     if gaps:
