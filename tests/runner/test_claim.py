@@ -226,9 +226,14 @@ async def test_a_412_without_a_doubt_is_a_lost_lease(
 ) -> None:
     """The lease was given to another runner; our next request is the fence before the stop."""
     runner = await in_process(emulator, proxy.url, tmp_path)
+    start = proxy.hold("session")  # the SDK's own
     running = runner.start()
-    await wait_idle(emulator, session_id)
+    await start.reached.wait()
+    look = proxy.hold("session")  # the guard's before the stop
+    start.released.set()
+    await look.reached.wait()
     emulator.advance(400)
+    look.released.set()
     assert await running == (EXIT_LEASE_LOST, "the lease was lost")
     assert emulator.work(session_id)["state"] == "queued"
     assert operations(emulator, "work.stop") == []
@@ -284,9 +289,11 @@ async def test_a_refused_beat_is_a_lost_lease(
 ) -> None:
     """The SDK stops the item on it; we cannot know whose it is (P10)."""
     runner = await in_process(emulator, proxy.url, tmp_path)
+    answered = proxy.hold("send")
     running = runner.start()
-    await wait_idle(emulator, session_id)
+    await answered.reached.wait()
     proxy.answer("beat", status, times=1000)
+    answered.released.set()
     assert await running == (EXIT_LEASE_LOST, "the lease was lost")
     assert operations(emulator, "work.stop") == []
 

@@ -18,7 +18,18 @@ from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK
 from shared.runner_lease import NO_HEARTBEAT, note_beat
 from shared.runner_tools import INTERRUPTED, NOT_STARTED, ToolFactory
 from tests.runner.proxy import Proxy
-from tests.runner.support import Bench, eventually, in_process, operations, results, texts, until, wait_file, wait_idle
+from tests.runner.support import (
+    PATIENCE_SECONDS,
+    Bench,
+    eventually,
+    in_process,
+    operations,
+    results,
+    texts,
+    until,
+    wait_file,
+    wait_idle,
+)
 from tools.emulator import Emulator, Switches, call, custom, end, repeat_output, tools
 
 HANDED_OVER = (EXIT_HANDED_OVER, "told to leave")
@@ -223,7 +234,7 @@ async def test_a_sync_tool_is_left_behind_on_its_thread(
     emulator.say(session_id, "go")
     runner = await in_process(emulator, emulator.url, tmp_path)
     running = runner.start(blocking(begun, release))
-    assert await asyncio.to_thread(begun.wait, 20)
+    assert await asyncio.to_thread(begun.wait, PATIENCE_SECONDS)
     runner.session.leave()
     assert await asyncio.wait_for(running, 30) == HANDED_OVER
     assert results(emulator, session_id) == [INTERRUPTED]

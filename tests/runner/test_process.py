@@ -17,7 +17,7 @@ import pytest
 from shared import runner_process
 from shared.runner_check import check
 from shared.runner_job import EXIT_CANNOT_RUN
-from tests.runner.support import RUNNER, is_alive, unprivileged
+from tests.runner.support import PATIENCE_SECONDS, RUNNER, is_alive, unprivileged
 
 ROOT = Path(__file__).resolve().parents[2]
 # A subreaper that starts a shell, whose processes leave it in every way there is; prints their pids, then sleeps.
@@ -31,8 +31,6 @@ sleep 300 & echo $!
 setsid sleep 300 & echo $!
 nohup sleep 300 >/dev/null 2>&1 & echo $!
 (setsid sh -c "sleep 300 >/dev/null & echo \\\\$!" &)
-sleep 0.2
-echo end
 '''
 subprocess.Popen(["/bin/bash", "-c", shell])
 time.sleep(300)
@@ -56,8 +54,7 @@ def spawn() -> Iterator[Spawn]:
 def test_the_whole_tree_is_killed_however_it_left_its_group(spawn: Spawn) -> None:
     top = spawn(sys.executable, "-I", "-c", TREE)
     assert top.stdout is not None
-    pids = [int(line) for line in iter(top.stdout.readline, "end\n")]
-    assert len(pids) == 4
+    pids = [int(top.stdout.readline()) for _ in range(4)]
     assert set(pids) <= set(runner_process.descendants(top.pid))
     assert runner_process.kill_descendants(top.pid) >= 4
     assert not any(is_alive(pid) for pid in pids)
@@ -84,7 +81,7 @@ def test_signals_to_who_is_gone_are_no_error(spawn: Spawn) -> None:
 def test_an_adopted_zombie_is_collected_at_the_second_look(spawn: Spawn) -> None:
     child = spawn("true")
     reaper = runner_process.OrphanReaper()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while is_alive(child.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     reaper.reap()

@@ -332,6 +332,7 @@ async def test_a_command_that_took_too_long_leaves_nothing_behind_and_earlier_se
 ) -> None:
     """The SDK kills the shell, and only the shell."""
     serve = "(while true; do sleep 300 & echo $! >> workers; wait; done) & echo $! > server"
+    serve += "; until [ -s workers ]; do sleep 0.01; done"
     slow = "sleep 300 & echo $! > left; setsid sh -c 'sleep 300 & wait' & kill -9 $(head -n 1 workers); sleep 300"
     session_id = emulator.create_session()
     emulator.set_script(
@@ -342,7 +343,8 @@ async def test_a_command_that_took_too_long_leaves_nothing_behind_and_earlier_se
     await until(emulator, lambda: texts(emulator, session_id))
     assert "timed out" in texts(emulator, session_id)[0]
     server, left = (int((tmp_path / "workspace" / name).read_text()) for name in ("server", "left"))
-    worker = int((tmp_path / "workspace" / "workers").read_text().split()[-1])
+    workers = tmp_path / "workspace" / "workers"
+    worker = int((await eventually(lambda: workers.read_text().split()[1:]))[0])
     assert not is_alive(left)
     below = set(runner_process.descendants(runner.process.pid))
     assert below == {server, worker}  # the server of the first call, and the worker that it began during the second

@@ -95,9 +95,11 @@ async def test_a_look_that_fails_lets_no_stop_through(
 ) -> None:
     emulator.say(session_id, "!echo one")
     runner = await in_process(emulator, proxy.url, tmp_path)
+    answered = proxy.hold("send")
     running = runner.start()
-    await wait_idle(emulator, session_id)
+    await answered.reached.wait()
     broken = proxy.answer(fault, 500, times=1)
+    answered.released.set()
     assert await running == IDLE
     assert broken.times == 0
     assert operations(emulator, "work.stop") == ["work.stop"]
@@ -109,9 +111,11 @@ async def test_no_stop_without_the_conditional_beat(
 ) -> None:
     emulator.say(session_id, "!echo one")
     runner = await in_process(emulator, proxy.url, tmp_path)
+    answered = proxy.hold("send")
     running = runner.start()
-    await wait_idle(emulator, session_id)
+    await answered.reached.wait()
     proxy.answer("beat", 500, times=2)  # the fence and its retry
+    answered.released.set()
     await proxy.wait_count("stream", 2)  # so it goes on serving
     assert proxy.count("stop") == 0
     assert await running == IDLE
@@ -122,9 +126,11 @@ async def test_a_beat_that_the_fence_could_not_see_answered_is_adopted_by_its_re
 ) -> None:
     emulator.say(session_id, "!echo one")
     runner = await in_process(emulator, proxy.url, tmp_path)
+    answered = proxy.hold("send")
     running = runner.start()
-    await wait_idle(emulator, session_id)
+    await answered.reached.wait()
     proxy.lose("beat")
+    answered.released.set()
     assert await running == IDLE
     assert proxy.count("stream") == 1
 
@@ -371,6 +377,7 @@ async def test_the_lock_record_follows_the_session(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:
     record = tmp_path / "state" / "runner.lock"
+    held = proxy.hold("stop")
     runner = await in_process(emulator, proxy.url, tmp_path, SANDBOX_MAX_IDLE_SECONDS="5")
     assert '"loading"' in record.read_text()
     running = runner.start()
@@ -379,8 +386,6 @@ async def test_the_lock_record_follows_the_session(
     assert '"claimed"' in record.read_text()
     assert heartbeat in record.read_text()
     emulator.say(session_id, "talk")
-    await wait_idle(emulator, session_id)
-    held = proxy.hold("stop")
     await held.reached.wait()
     assert '"leaving"' in record.read_text()  # also after the beat of the fence
     held.released.set()
