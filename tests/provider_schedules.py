@@ -298,19 +298,11 @@ class ProviderSchedules:
 
     async def _let_time_pass(self, scene: Scene, working: list[asyncio.Task[None]]) -> list[str]:
         """Jumps the clock whenever nothing moves, until every turn is over."""
-        jumps = cycle([LAPSE_SECONDS, RECLAIM_AND_HEAL_SECONDS])
-        moved, moved_at = -1, time.monotonic()
+        clock = _Clock(scene, self.launches_take_seconds)
         while time.monotonic() - scene.began < self.patience:
             if all(task.done() for task in working):
                 return []
-            launches = any(host.dispatcher._launches for host in scene.hosts) and self.launches_take_seconds
-            if (moves := _moves(scene.emulator)) != moved or launches:
-                moved, moved_at = moves, time.monotonic()
-            elif time.monotonic() - moved_at > QUIET_SECONDS:
-                jump = next(jumps)
-                scene.tell(f"nothing moves: the clock jumps {jump:g} s")
-                scene.emulator.advance(jump)
-                moved_at = time.monotonic()
+            clock.jump_if_quiet()
             await asyncio.sleep(0.05)
         return [
             f"lost: session {index} is {scene.emulator.session(session)['status']}, waits for"
@@ -324,14 +316,36 @@ class ProviderSchedules:
         await scene.end_hosts()
         scene.emulator.advance(LAPSE_SECONDS)  # whoever died without a stop has lost its lease
         host = scene.start_host(SANDBOX_RETENTION_SECONDS="0", SANDBOX_KEEP_WARM_SECONDS="0")
+        clock = _Clock(scene, self.launches_take_seconds)  # the last poll of a host that was ended may still reserve
         deadline = time.monotonic() + CLEAN_SECONDS
         while time.monotonic() < deadline and not scene.hosts[host].done():
             left = [info async for info in host.provider.sandboxes()]
             if not left:
                 break
+            clock.jump_if_quiet()
             await asyncio.sleep(0.1)
         await scene.end_hosts()
         return [f"{info.sandbox_id} of {info.session_id} is never released" for info in left]
+
+
+class _Clock:
+    """Jumps whenever nothing moves."""
+
+    def __init__(self, scene: Scene, launches_move: bool) -> None:
+        self._scene, self._launches_move = scene, launches_move
+        self._jumps = cycle([LAPSE_SECONDS, RECLAIM_AND_HEAL_SECONDS])
+        self._moved, self._moved_at = -1, time.monotonic()
+
+    def jump_if_quiet(self) -> None:
+        scene = self._scene
+        launches = self._launches_move and any(host.dispatcher._launches for host in scene.hosts)
+        if (moves := _moves(scene.emulator)) != self._moved or launches:
+            self._moved, self._moved_at = moves, time.monotonic()
+        elif time.monotonic() - self._moved_at > QUIET_SECONDS:
+            jump = next(self._jumps)
+            scene.tell(f"nothing moves: the clock jumps {jump:g} s")
+            scene.emulator.advance(jump)
+            self._moved_at = time.monotonic()
 
 
 def _moves(emulator: Emulator) -> int:
