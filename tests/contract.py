@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS, RECLAIM_SECONDS, Core, World
+from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS, PATIENCE_SECONDS, RECLAIM_SECONDS, Core, World
 from tools.emulator import Emulator, Switches, call, custom, end, repeat_output, say, tools
 
 CUSTOM_TOOLS = '''
@@ -149,7 +149,7 @@ class ProviderContract:
         await host.ask(session, "!touch file.txt")
         await host.until_stopped(session)
         self.let_keep_warm_pass()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while [info async for info in host.provider.sandboxes()] and time.monotonic() < deadline:
             await host.dispatcher.sweep()
         assert [info async for info in host.provider.sandboxes()] == []
@@ -185,7 +185,7 @@ class ProviderContract:
     # --- runners that die --------------------------------------------------------------------------------------------
 
     async def test_a_runner_killed_in_a_tool_call_is_healed(self, world: World) -> None:
-        host = world.host()
+        host = world.host(SANDBOX_MAX_IDLE_SECONDS="30")  # the next message finds the second runner
         session = world.emulator.create_session()
         world.emulator.set_script(
             session, [tools(call("bash", command="kill -9 $PPID; sleep 60")), repeat_output, end()]
@@ -243,7 +243,7 @@ class ProviderContract:
     async def _until_no_runner(self, host: Any, session: str) -> None:
         """Until the session's event stream has no reader: the runner is gone."""
         sandbox = await host.provider.acquire(session)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while await self.runner_is_alive(sandbox):
             assert time.monotonic() < deadline, "the killed runner is still there"
             await asyncio.sleep(0.05)
@@ -311,7 +311,7 @@ class ProviderContract:
         assert sorted((await host.answer(session)).splitlines()) == ["ours", "theirs answered"]
 
     async def test_custom_tools_run_in_the_sandbox(self, world: World, tools_file: Path) -> None:
-        host = world.host(SANDBOX_TOOLS=f"{tools_file}:tools")
+        host = world.host(SANDBOX_TOOLS=f"{tools_file}:tools", SANDBOX_MAX_IDLE_SECONDS="30")
         session = world.emulator.create_session()
         world.emulator.set_script(
             session, [tools(custom("weather", city="Ghent")), repeat_output, custom("where"), repeat_output, end()]

@@ -24,7 +24,7 @@ from pathlib import Path
 RUNNER = int(sys.argv[1])
 NOTES = os.open("rt-deed", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
 EVERYONE = os.environ.get("RT_EVERYONE") == "1"
-WATCH_SECONDS = 60.0
+WATCH_SECONDS = 240.0  # the next runner comes in twenty, or later on a busy machine
 DEEDS: dict[str, Callable[[], object]] = {}
 WANTED = re.compile(rb"sk" rb"-ant-[\w-]{8,}|eyJ[\w-]{20,}")
 
