@@ -15,10 +15,11 @@ from tests.fakes.upstash import Upstash, needs_redis
 from tests.folders import load_folder
 
 STORE = load_folder("vercel").module("store")
+PATIENCE_SECONDS = 60.0
 
 
 def open_store(upstash: Upstash, environment: str = "env_1", **options: Any) -> Any:
-    return STORE.open_store(upstash.environ(), environment, **options)
+    return STORE.open_store(upstash.environ(), environment, **{"call_seconds": PATIENCE_SECONDS, **options})
 
 
 @pytest.fixture
@@ -62,9 +63,12 @@ class TestStore:
         assert await store.claim("key", "one", 10)
         assert [command[0] for command in upstash.commands] == ["EVAL", "EVAL"]
 
-    async def test_a_counter_counts_and_ends(self, store: Any) -> None:
-        values = await asyncio.gather(*(store.increment("count", 0.3) for _ in range(10)))
+    async def test_a_counter_counts_and_ends(self, upstash: Upstash, store: Any) -> None:
+        values = await asyncio.gather(*(store.increment("count", PATIENCE_SECONDS) for _ in range(10)))
         assert sorted(values) == list(range(1, 11))
+        await store.increment("short", 0.2)
+        await until_gone(store, "short")
+        await upstash._run([["PEXPIRE", "sandboxes:env_1:count", "1"]])
         await until_gone(store, "count")
         assert await store.increment("count", 10) == 1
 
@@ -92,12 +96,10 @@ class TestTrouble:
         assert not store.answers
         (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert "the store does not answer" in record.getMessage()
-        asked = len(upstash.commands)
-        began = time.monotonic()
+        upstash.is_down = False
         assert (await store.get("key"), await store.increment("count", 10)) == (None, 0)
         await store.release("key", "one")
-        assert time.monotonic() - began < 0.1  # it is left alone for a while
-        assert len(upstash.commands) == asked
+        assert upstash.commands == []  # it is left alone for a while
 
     async def test_it_is_asked_again_later(self, upstash: Upstash) -> None:
         now = 0.0
@@ -113,7 +115,7 @@ class TestTrouble:
 
     async def test_a_slow_store_costs_a_bounded_time(self, upstash: Upstash) -> None:
         store = open_store(upstash, call_seconds=0.2)
-        upstash.delay_seconds = 3.0
+        upstash.delay_seconds = 60.0
         began = time.monotonic()
         assert await store.claim("key", "one", 10)
         assert time.monotonic() - began < upstash.delay_seconds
@@ -138,7 +140,7 @@ class TestTrouble:
 
 
 async def until_gone(store: Any, key: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while await store.get(key) is not None:
         assert time.monotonic() < deadline, f"{key} does not end"
         await asyncio.sleep(0.02)
