@@ -264,7 +264,7 @@ async def test_the_status_page_waits_for_nobody_for_long(
     async with in_process(environ(emulator, daytona)) as client:
         await asyncio.to_thread(until, lambda: daytona.count("list"))
         emulator.fault("work.stats", "delay", None, seconds=3600.0)
-        monkeypatch.setattr(FOLDER.shared("server"), "STATUS_SECONDS", 1.0)
+        monkeypatch.setattr(FOLDER.shared("server"), "STATUS_SECONDS", 4.0)
         async with asyncio.timeout(25.0):  # the client's own patience with one call is 30 s
             shown = (await client.get("/status", headers={"authorization": f"Bearer {STATUS_KEY}"})).json()
         assert (shown["sandboxes"], shown["queue"]) == ([], None)

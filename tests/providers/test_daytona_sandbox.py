@@ -64,7 +64,7 @@ async def test_a_missing_snapshot_is_named_with_the_cure(daytona: DaytonaDouble)
 
 async def test_an_inactive_snapshot_is_activated(daytona: DaytonaDouble) -> None:
     daytona.snapshots[SNAPSHOT]["state"] = "inactive"
-    daytona.seconds["activate"] = 0.5
+    daytona.seconds["activate"] = 3600
     async with provided(daytona) as provider:
         errors = await asyncio.gather(*(refused(provider.acquire(f"sesn_{number}")) for number in range(2)))
         assert all(error.retriable for error in errors)
@@ -72,7 +72,7 @@ async def test_an_inactive_snapshot_is_activated(daytona: DaytonaDouble) -> None
             f"the snapshot {SNAPSHOT} was inactive and is being activated",
             f"the snapshot {SNAPSHOT} is pending",
         }
-        await until(lambda: daytona.snapshots[SNAPSHOT]["state"] == "active")
+        daytona.snapshots[SNAPSHOT]["state"] = "active"
         assert (await provider.acquire(SESSION)).created
     assert daytona.count("snapshot.activate", 200) == 1
 
@@ -110,8 +110,11 @@ async def test_a_create_that_took_effect_unheard_is_found(daytona: DaytonaDouble
         if kind == "lose":
             assert (await refused(provider.acquire(SESSION))).retriable
         else:
-            with pytest.raises(TimeoutError):  # the dispatcher's budget
-                await asyncio.wait_for(provider.acquire(SESSION), 0.5)
+            creating = asyncio.create_task(provider.acquire(SESSION))
+            await until(daytona.existing)
+            creating.cancel()  # the dispatcher's budget is spent
+            with pytest.raises(asyncio.CancelledError):
+                await creating
         sandbox = await provider.acquire(SESSION)
     assert not sandbox.created
     assert len(daytona.existing()) == 1
@@ -119,6 +122,7 @@ async def test_a_create_that_took_effect_unheard_is_found(daytona: DaytonaDouble
 
 async def test_two_hosts_that_create_at_once_have_one_sandbox(daytona: DaytonaDouble) -> None:
     daytona.seconds["create"] = 0.3
+    daytona.fault("get", "fail", times=2, status=404)  # both look before either creates
     async with provided(daytona) as one, provided(daytona) as other:
         found = await asyncio.gather(one.acquire(SESSION), other.acquire(SESSION))
     assert len({sandbox.id for sandbox in found}) == 1
@@ -220,10 +224,14 @@ async def test_an_archived_sandbox_that_takes_its_time_is_waited_for(daytona: Da
 async def test_a_sandbox_that_is_just_stopping_is_started_again(daytona: DaytonaDouble) -> None:
     async with provided(daytona) as provider:
         first = await provider.acquire(SESSION)
-        daytona.seconds["stop"] = 0.5
+        daytona.seconds["stop"] = 60
         daytona.stop(daytona.box(SESSION))
         assert daytona.box(SESSION).state == "stopping"
-        assert (await provider.acquire(SESSION)).id == first.id
+        acquiring = asyncio.create_task(provider.acquire(SESSION))
+        asked = daytona.count("get")
+        await until(lambda: daytona.count("get") > asked + 1)  # it waits
+        daytona.seconds["stop"] = 0
+        assert (await acquiring).id == first.id
     assert daytona.box(SESSION).state == "started"
 
 
@@ -269,22 +277,27 @@ async def test_a_broken_sandbox_is_made_anew_where_it_cannot(daytona: DaytonaDou
 
 
 async def test_a_sandbox_that_breaks_while_it_starts_is_made_anew(daytona: DaytonaDouble) -> None:
-    daytona.seconds["create"] = 0.4
+    daytona.seconds["create"] = 60
     async with provided(daytona) as provider:
         creating = asyncio.create_task(provider.acquire(SESSION))
         await until(lambda: daytona.existing())
         daytona.kill(daytona.box(SESSION))
         assert (await refused(creating)).retriable
+        daytona.seconds["create"] = 0
         assert (await provider.acquire(SESSION)).created
 
 
 async def test_a_sandbox_that_is_being_deleted_is_waited_out(daytona: DaytonaDouble) -> None:
     async with provided(daytona) as provider:
         first = await provider.acquire(SESSION)
-        daytona.seconds["delete"] = 0.3
+        daytona.seconds["delete"] = 60
         releasing = asyncio.create_task(provider.release(first.id))
         await until(lambda: daytona.box(SESSION).state == "destroying")
-        assert (await refused(provider.acquire(SESSION))).retriable
+        acquiring = asyncio.create_task(refused(provider.acquire(SESSION)))
+        asked = daytona.count("get")
+        await until(lambda: daytona.count("get") > asked + 1)  # it waits
+        daytona.seconds["delete"] = 0
+        assert (await acquiring).retriable
         await releasing
         assert (await provider.acquire(SESSION)).id != first.id
 
