@@ -19,7 +19,7 @@ APPLICATIONS = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
     "/Applications/Chromium.app/Contents/MacOS/Chromium",
 )
-PATIENCE_MILLISECONDS = 10_000.0
+PATIENCE_MILLISECONDS = 60_000.0
 DESKTOP = (1360, 860)
 NETWORK_CHANGED = "ERR_NETWORK_CHANGED"
 """Chromium gives up connecting, also to loopback, when any interface comes or goes, as beside tests of containers."""

@@ -19,7 +19,7 @@ from tools.emulator import AdminClient, Emulator
 from tools.emulator.flags import make_trouble, parser
 
 COMMAND = [sys.executable, "-W", "error", "-m", "tools.emulator", "--port", "0"]
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 @contextlib.contextmanager

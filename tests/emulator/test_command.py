@@ -15,7 +15,7 @@ import pytest
 from tests.emulator.support import bearer
 
 COMMAND = [sys.executable, "-W", "error", "-m", "tools.emulator"]
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 @pytest.fixture

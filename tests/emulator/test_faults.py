@@ -196,7 +196,7 @@ async def test_a_worker_survives_a_burst(emulator: Emulator, owner: AsyncAnthrop
     emulator.fault("events.send", "lose_response")
     emulator.fault("sessions.get", "fail", status=503)
     async with serving(worker_for(emulator, owner.with_options(max_retries=2), tmp_path, max_idle=0.2)):
-        await asyncio.to_thread(emulator.wait_idle, session_id, 20)
+        await asyncio.to_thread(emulator.wait_idle, session_id)
     assert emulator.events(session_id, "agent.message")[0]["content"][0]["text"] == "still here"
     assert len(emulator.events(session_id, "user.tool_result")) == 1
 
@@ -285,7 +285,7 @@ async def test_a_worker_reads_on_after_a_cut(emulator: Emulator, owner: AsyncAnt
     async with serving(worker_for(emulator, owner, tmp_path, max_idle=5)):
         await asyncio.to_thread(emulator.wait_until, lambda: emulator.work(session_id)["state"] == "active")
         emulator.say(session_id, "!echo whole")
-        await asyncio.to_thread(emulator.wait_idle, session_id, 20)
+        await asyncio.to_thread(emulator.wait_idle, session_id)
     assert cut.hits == 1
     assert emulator.events(session_id, "agent.message")[0]["content"][0]["text"] == "whole"
 

@@ -63,7 +63,9 @@ def test_uvx_starts_it_and_the_readmes_curl_makes_a_session(
             script = code("console", "curl").removeprefix("$ ").replace("http://127.0.0.1:8700", ready["url"])
             values = {name: ready[key] for name, key in names.items()}
             asked = ["bash", "-euc", script]
-            done = subprocess.run(asked, env=environ | values, capture_output=True, text=True, timeout=30, check=True)
+            done = subprocess.run(
+                asked, env=environ | values, capture_output=True, text=True, timeout=SECONDS, check=True
+            )
             assert json.loads(done.stdout)["environment_id"] == ready["environment_id"]
             page = httpx2.get(ready["url"], trust_env=False)
             assert (page.status_code, "app.js" in page.text) == (200, True)

@@ -96,9 +96,12 @@ async def test_a_poll_blocks_until_work_arrives(emulator: Emulator, runner: Asyn
 
 
 def test_a_blocking_poll_ends_empty_after_its_time(api: Api) -> None:
-    started = time.monotonic()
-    assert api.poll(block_ms=150) is None
-    assert 0.15 <= time.monotonic() - started < 0.9
+    took = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert api.poll(block_ms=150) is None
+        took.append(time.monotonic() - started)
+    assert 0.15 <= min(took) < 0.9  # a busy machine may be late; not each time
 
 
 def test_an_item_not_acknowledged_is_offered_again(emulator: Emulator, api: Api) -> None:

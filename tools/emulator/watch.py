@@ -13,7 +13,7 @@ from .scripts_yaml import FAILED
 from .state import Session
 
 T = TypeVar("T")
-WAIT_SECONDS = 10.0
+WAIT_SECONDS = 60.0  # for a machine that has other things to do; what is waited for comes at once as a rule
 Awaited = Literal["idle", "requires_action", "queued", "starting", "active", "stopping", "stopped"]
 """Of a session or of its work item: `idle` is after an ended turn with nothing left to process."""
 
