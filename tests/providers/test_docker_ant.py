@@ -62,11 +62,16 @@ async def test_ant_serves_and_its_credential_is_not_to_be_found(world: World, tm
     world.emulator.say(session, "go")
     await host.dispatcher.drain()
     await host.until_stopped(session)
+    sandbox = await host.provider.acquire(session)
+
+    async def ended() -> bool:
+        return "ended with 0" in await sandbox.tail(10)
+
+    await until(ended)
     (_, searched), (is_error, _) = host.results(session)
     assert searched.split() == ["mine:", "0", "all:", "0", "nothing", "of", "ant's", "is", "readable"]
     assert is_error
-    (sandbox,) = [info.sandbox_id async for info in host.provider.sandboxes()]
-    records = docker("inspect", sandbox) + docker("container", "top", sandbox) + docker("logs", sandbox)
+    records = docker("inspect", sandbox.id) + docker("container", "top", sandbox.id) + docker("logs", sandbox.id)
     assert "sk-ant" not in records
     assert "eyJ" not in records
     asked = [record for record in world.emulator.requests if record.operation != "work.poll"]
@@ -75,7 +80,7 @@ async def test_ant_serves_and_its_credential_is_not_to_be_found(world: World, tm
 
     assert (await host.ask(session, "!cat file")).strip() == "kept"
     assert host.claims() == 2
-    said = [json.loads(line) for line in docker("logs", sandbox).splitlines() if line.startswith("{")]
+    said = [json.loads(line) for line in docker("logs", sandbox.id).splitlines() if line.startswith("{")]
     assert [line["event"] for line in said][:3] == ["ready", "exit", "sandbox"]
     assert said[1] == {"event": "exit", "code": 0, "reason": "ant has ended"}
 
@@ -103,6 +108,7 @@ async def test_a_call_that_a_stop_ends_is_answered_and_the_session_goes_on(world
     ((is_error, told),) = host.results(session)
     assert is_error
     assert "may have taken effect" in told or "context canceled" in told
+    await host.until_stopped(session)
     assert (await host.ask(session, "!ls began")).strip() == "began"
 
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,16 +109,21 @@ class _Answers:
         return answer
 
     async def until_runners_end(self, session_id: str) -> None:
-        await asyncio.sleep(0.1)  # longer than the Engine may be away
+        hours_pass()  # more than the Engine may be away
         raise AWAY
 
 
 AWAY = DOCKER.shared("errors").LaunchFailed("the Docker Engine broke off", retriable=True)
 
 
+def hours_pass() -> None:
+    loop = asyncio.get_running_loop()
+    later = loop.time() + 10_000 - time.monotonic()
+    loop.time = lambda: time.monotonic() + later  # type: ignore[method-assign]
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DOCKER.module("on_work"), "ENGINE_SECONDS", 0.05)
     monkeypatch.setattr(DOCKER.module("on_work"), "PAUSE_SECONDS", 0.001)
 
 
@@ -125,7 +131,8 @@ async def test_connections_that_break_again_and_again_do_not_end_it(impatient: N
     await DOCKER.module("on_work").until_served(_Answers(AWAY, True, True, AWAY, True, False), "sesn_1")
 
 
-async def test_an_engine_that_stays_away_ends_it(impatient: None) -> None:
+async def test_an_engine_that_stays_away_ends_it(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DOCKER.module("on_work"), "ENGINE_SECONDS", 0.05)
     with pytest.raises(DOCKER.shared("errors").LaunchFailed, match="broke off"):
         await DOCKER.module("on_work").until_served(_Answers(True, *[AWAY] * 10_000), "sesn_1")
 

@@ -19,6 +19,7 @@ import pytest
 
 from tests.providers.local_support import (
     LOCAL,
+    PATIENCE_SECONDS,
     PROBLEM,
     RUNNER,
     Sandboxes,
@@ -199,6 +200,7 @@ async def test_a_sandbox_has_no_more_processes_than_the_limit(sandboxes: Sandbox
     )
     assert "Resource temporarily unavailable" in bomb[0]
     assert other == ["fine\n"]  # the limit is the sandbox's, not shared by all
+    await until(lambda: "ended with 0" in (sandboxes.root / "sesn_1" / "runner.log").read_text())
     assert await sandboxes.run("sesn_1", "echo fine") == ["fine\n"]  # and its processes went with their runner
 
 
@@ -263,7 +265,7 @@ def test_acquires_of_several_processes_make_one_sandbox(tmp_path: Path, isolatio
     assert sorted(created) == ["False\n"] * 3 + ["True\n"]
     assert len(processes(str(tmp_path / "root/sesn_1"))) == 1
     for host in hosts:
-        host.communicate("\n", timeout=30)
+        host.communicate("\n", timeout=PATIENCE_SECONDS)
     assert processes(str(tmp_path / "root")) == []
 
 
@@ -350,14 +352,17 @@ async def test_a_large_job_and_a_runner_that_does_not_read_it(sandboxes: Sandbox
 async def test_a_start_that_is_given_up_leaves_the_runner_to_its_work(sandboxes: Sandboxes) -> None:
     sandboxes.runner.write_text(
         "import sys, time, pathlib\n"
+        "pathlib.Path('begun').touch()\n"
         "while not pathlib.Path('go').exists(): time.sleep(0.02)\n"
         "print('x' * 500_000, flush=True); pathlib.Path('done').touch()"
     )
     workspace = sandboxes.root / "sesn_1" / "workspace"
     sandbox = await sandboxes.provider.acquire("sesn_1")
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.5):
-            await sandbox.start(sandboxes.launch({}))
+    starting = asyncio.create_task(sandbox.start(sandboxes.launch({})))
+    await until((workspace / "begun").exists)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
     (workspace / "go").touch()
     await until((workspace / "done").exists)
 
@@ -615,7 +620,7 @@ async def test_an_ordinary_user_needs_no_root(open_to_all: Path) -> None:
     with _host([python, "-c", HOST, *arguments], "ready\n", **user) as host:
         try:
             log = root / "sesn_1" / "runner.log"
-            await until(lambda: '"done"' in log.read_text())
+            await until(lambda: '"done"' in log.read_text().rpartition("\n")[0])
             (done,) = [json.loads(line) for line in log.read_text().splitlines() if '"done"' in line]
             (out,) = done["out"]
             assert out.startswith("10001\n256\n")

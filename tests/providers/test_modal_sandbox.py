@@ -95,6 +95,8 @@ async def test_what_a_runner_says_is_in_the_sandboxs_own_output_for_people(sandb
 
 async def test_what_a_runner_leaves_behind_ends_with_it(sandboxes: Sandboxes) -> None:
     await sandboxes.run("sesn_1", "setsid sleep 300 & (setsid sleep 300 &); true")
+    (sandbox,) = sandboxes.double.running()
+    await until(sandbox.is_idle)
     (left,) = await sandboxes.run("sesn_1", "pgrep -c sleep; true")
     assert left == "0\n"
 
