@@ -19,8 +19,8 @@ from .runner_lock import LeaseState
 from .runner_pages import RefusePages
 
 CALL_TIMEOUT_SECONDS = 10.0
-BEAT_SECONDS = 30.0  # the SDK's longest pause between two heartbeats
-SETTLE_SECONDS = BEAT_SECONDS + CALL_TIMEOUT_SECONDS  # a runner that beats has beaten by then
+BEAT_SECONDS = 30.0  # the SDK's longest pause between two heartbeats, and how long it waits for the answer to one
+SETTLE_SECONDS = 3 * BEAT_SECONDS + CALL_TIMEOUT_SECONDS  # a runner that beats has by then, also if one beat got lost
 _SETTLE_ATTEMPTS = 3
 _PAUSE_SECONDS = 2.0
 _CANNOT_MATCH = "2000-01-01T00:00:00.000000Z"  # no live item has this heartbeat
@@ -89,8 +89,9 @@ async def ack_and_claim(
 async def _settle_unknown_claim(
     api: AsyncAnthropic, job: RunnerJob, lease: Lease, settle_seconds: float
 ) -> tuple[float, BetaSelfHostedWorkHeartbeatResponse]:
-    """The claim was sent and not answered (R2). If a heartbeat was recorded and then stands still for longer than a
-    beat, nobody else is beating: it is ours. If it moves, it is another runner's. If there is none, we claim again."""
+    """The claim was sent and not answered (R2). If a heartbeat was recorded and then stands still for longer than any
+    runner's does, nobody else is beating: it is ours. If it moves, it is another runner's. If there is none, we claim
+    again."""
     for _ in range(_SETTLE_ATTEMPTS):
         first = await probe(api, job)
         if first is None or first.last_heartbeat is not None:

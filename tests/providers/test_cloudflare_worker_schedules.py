@@ -105,7 +105,7 @@ def _answers_lost(scene: Scene) -> None:
         "work.ack",
         "events.send",
         "work.stop",
-    ]  # a claim's takes 40 s to settle: session.test.ts
+    ]  # a claim's takes 100 s to settle: session.test.ts
     scene.emulator.fault(scene.chance.choice(operations), "lose_response", after=scene.chance.randint(0, 2))
 
 

@@ -205,7 +205,7 @@ async def claimed(emulator: Emulator, proxy: Proxy) -> AsyncIterator[tuple[Lease
         yield lease, lambda: beat(client, job, NO_HEARTBEAT)
 
 
-@pytest.mark.parametrize("status", [None, 500, 503])
+@pytest.mark.parametrize("status", [None, 500, 503, 408])
 async def test_a_beat_that_may_have_been_recorded_is_adopted_while_the_lease_lives(
     emulator: Emulator, proxy: Proxy, session_id: str, status: int | None
 ) -> None:

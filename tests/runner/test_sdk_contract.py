@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from anthropic import APIRequest, AsyncAnthropic, AsyncAPIResponse, Middleware
 from anthropic.lib.environments import EnvironmentWorker, SessionToolRunner
@@ -20,6 +21,7 @@ from anthropic.lib.tools import ToolError, beta_async_tool, beta_tool
 from anthropic.lib.tools.agent_toolset import BASH_DEFAULT_TIMEOUT, beta_agent_toolset_20260401
 from anthropic.types.beta.environments import BetaSelfHostedWork
 
+from shared.runner_claim import BEAT_SECONDS, SETTLE_SECONDS
 from tests.runner.proxy import Proxy
 from tests.runner.support import is_alive, operations, poll, results, until, wait_file, wait_idle
 from tools.emulator import Emulator, custom, end, repeat_output
@@ -224,6 +226,35 @@ async def test_handle_item_leaves_a_lost_lease_alone(
     proxy.answer("beat", 412)
     await bench().serve(max_idle=60)
     assert proxy.count("stop") == 0
+
+
+async def test_a_lost_beat_leaves_three_pauses_between_two_that_are_recorded(
+    emulator: Emulator, proxy: Proxy, session_id: str, bench: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why a claim without an answer is settled no sooner (R2)."""
+    waits: list[float] = []
+
+    def shortened(wait: Callable[..., Any]) -> Callable[..., Any]:
+        def waiting(delay: float | None, *args: Any, **options: Any) -> Any:
+            if delay == BEAT_SECONDS:
+                waits.append(delay)
+                delay = 0.5
+            return wait(delay, *args, **options)
+
+        return waiting
+
+    for name in ("fail_after", "move_on_after"):
+        monkeypatch.setattr(anyio, name, shortened(getattr(anyio, name)))
+    serving = asyncio.create_task(bench().serve(max_idle=60))
+    await proxy.wait_count("beat", 1)
+    lost = proxy.hold("beat", is_answered=False)
+    await proxy.wait_count("beat", 3)
+    # The answer to the first, the pause, the answer to the lost one, the pause, the answer to the third.
+    assert waits[:5] == [BEAT_SECONDS] * 5
+    assert sum(waits[1:4]) < SETTLE_SECONDS < sum(waits[1:5])
+    lost.released.set()
+    serving.cancel()
+    await asyncio.wait([serving], timeout=60)
 
 
 async def test_a_running_tool_is_shielded_from_the_workers_end(

@@ -9,8 +9,8 @@ import { apiError, isStatus, statusOf } from "./api.ts";
 import { NotOurs } from "./errors.ts";
 import { type Lease, REFUSED } from "./lease.ts";
 
-/** Longer than a beat and its answer: a runner that beats has beaten by then. */
-export const SETTLE_MS = 40_000;
+/** Three of the SDK's pauses and an answer: a runner that beats has by then, also if one beat got lost (SDK in Python). */
+export const SETTLE_MS = 100_000;
 const SETTLE_ATTEMPTS = 3;
 const PAUSE_MS = 2_000;
 
@@ -40,14 +40,15 @@ export async function ackAndClaim(
 }
 
 /**
- * The claim was sent and not answered (R2). If a heartbeat was recorded and then stands still for longer than a beat, nobody
- * else is beating: it is ours. If it moves, it is another runner's. If there is none, we claim again.
+ * The claim was sent and not answered (R2). If a heartbeat was recorded and then stands still for longer than any runner's
+ * does, nobody else is beating: it is ours. If it moves, it is another runner's. If there is none, we claim again.
  */
 async function settleUnknownClaim(lease: Lease, signal: AbortSignal, settleMs: number): Promise<void> {
   for (let attempt = 0; attempt < SETTLE_ATTEMPTS && !signal.aborted; attempt += 1) {
     const first = await lease.probe();
     if (first?.lastHeartbeat !== null) {
-      await new Promise((resolve) => setTimeout(resolve, settleMs));
+      await pause(settleMs, signal);
+      if (signal.aborted) break;
       const again = await lease.probe();
       if (first === undefined || again === undefined) continue;
       if (again.state !== first.state || again.lastHeartbeat !== first.lastHeartbeat) {
@@ -57,7 +58,20 @@ async function settleUnknownClaim(lease: Lease, signal: AbortSignal, settleMs: n
     }
     if ((await lease.beat()) || lease.end === "stopping") return;
     if (lease.end === "lost") throw new NotOurs("the claim was not answered, and the item is not ours");
-    await new Promise((resolve) => setTimeout(resolve, Math.min(PAUSE_MS, settleMs)));
+    await pause(Math.min(PAUSE_MS, settleMs), signal);
   }
   throw new NotOurs("the claim was not answered");
+}
+
+/** Waits so long, or until `signal` is aborted. */
+async function pause(ms: number, signal: AbortSignal): Promise<void> {
+  if (signal.aborted) return;
+  await new Promise<void>((resolve) => {
+    const timer = setTimeout(resolve, ms);
+    const wake = () => {
+      clearTimeout(timer);
+      resolve();
+    };
+    signal.addEventListener("abort", wake, { once: true });
+  });
 }

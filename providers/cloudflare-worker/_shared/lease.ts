@@ -235,7 +235,7 @@ export class Lease {
 
   #noteRefusal(error: APIError, unknownBefore: number | null): boolean {
     const status = statusOf(error);
-    if (status === undefined || status >= 500) return false; // it may have been recorded
+    if (status === undefined || status >= 500 || status === 408) return false; // it may have been recorded
     this.#keep({ ...this.#record, unknownSince: unknownBefore });
     if (status === 412) {
       const current = leaseState(error);

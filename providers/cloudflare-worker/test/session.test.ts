@@ -124,6 +124,17 @@ describe.skipIf(env.EMULATOR_URL === "")("a claim", () => {
     expect(await claims(id)).toBe(1);
   });
 
+  it("that was not answered is given up at once by a runner that is to leave", async () => {
+    const { job, id } = await reserved([WRITE, "end"]);
+    await ask("POST", "faults", { operation: "work.heartbeat", kind: "lose_response" });
+    const leaving = new AbortController();
+    const claiming = ackAndClaim(new Lease(job, undefined, () => undefined), false, leaving.signal);
+    await vi.waitUntil(async () => (await claims(id)) === 1, { timeout: 60_000 });
+    leaving.abort();
+    await expect(claiming).rejects.toThrow("the claim was not answered");
+    expect(await claims(id)).toBe(1);
+  });
+
   it("that never arrived is sent again", async () => {
     const { job, id } = await reserved([WRITE, "end"]);
     await ask("POST", "faults", { operation: "work.heartbeat", kind: "drop" });

@@ -126,7 +126,7 @@ class LeaseMiddleware(Middleware):
         sent_at, unknown_since = lease.now(), lease.unknown_since
         lease.unknown_since = sent_at if unknown_since is None else unknown_since
         response = await call_next(request)
-        if response.status_code < 500:
+        if response.status_code < 500 and response.status_code != 408:  # a proxy's, of what may have arrived
             lease.unknown_since = unknown_since
         if response.status_code == 200:
             note_beat(lease, await response.parse(), sent_at)
