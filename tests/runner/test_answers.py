@@ -92,6 +92,25 @@ async def test_a_custom_tool_that_was_begun_is_answered_as_one(
     assert texts(emulator, session_id) == [f"Error: {LOST}"]
 
 
+async def test_an_answer_that_comes_too_late_does_not_keep_the_others(
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+) -> None:
+    emulator.set_script(session_id, [tools(call("bash", command="one"), call("bash", command="two")), end()])
+    emulator.say(session_id, "go")
+    first, second = emulator.pending_calls(session_id)
+    begun(tmp_path, first, second)
+    runner = await in_process(emulator, proxy.url, tmp_path)
+    held = proxy.hold("send")
+    running = runner.start()
+    await held.reached.wait()
+    late = [{"type": "text", "text": "late"}]
+    emulator.send(session_id, {"type": "user.tool_result", "tool_use_id": first, "content": late})
+    held.released.set()
+    assert await running == IDLE
+    assert results(emulator, session_id) == ["late", LOST]
+    assert not runner.events("retry")
+
+
 async def test_a_lost_call_that_cannot_be_answered_at_the_start_is_not_run_either(
     emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import anthropic
 import pytest
 
+from shared import runner_clock
 from shared.runner_claim import ack_and_claim, beat, open_api
 from shared.runner_events import EventLog
 from shared.runner_job import EXIT_HANDED_OVER, EXIT_LEASE_LOST, EXIT_OK, parse_job
@@ -193,9 +194,11 @@ async def test_sigterm_while_the_claim_is_under_way_stops_what_it_claimed(
 
 
 @contextlib.asynccontextmanager
-async def claimed(emulator: Emulator, proxy: Proxy) -> AsyncIterator[tuple[Lease, Callable[[], Awaitable[Any]]]]:
+async def claimed(
+    emulator: Emulator, proxy: Proxy, now: Callable[[], float] = runner_clock.now
+) -> AsyncIterator[tuple[Lease, Callable[[], Awaitable[Any]]]]:
     """A lease, and what sends the next beat of it as the SDK's worker would."""
-    job, lease = parse_job(await job_values(emulator, proxy.url)), Lease(on_beat=lambda _: None)
+    job, lease = parse_job(await job_values(emulator, proxy.url)), Lease(on_beat=lambda _: None, now=now)
 
     async def may_stop() -> bool:
         return False
@@ -218,6 +221,37 @@ async def test_a_beat_that_may_have_been_recorded_is_adopted_while_the_lease_liv
     beats = [record.status for record in emulator.requests if record.operation == "work.heartbeat"]
     assert beats == [200, 200, 412, 200]
     assert not lease.lost.is_set()
+
+
+async def test_an_adopted_beat_counts_from_when_it_was_sent(emulator: Emulator, proxy: Proxy, session_id: str) -> None:
+    time = 0.0
+    async with claimed(emulator, proxy, now=lambda: time) as (lease, next_beat):
+        for _ in range(2):
+            proxy.lose("beat")
+            with pytest.raises(anthropic.APIError):
+                await next_beat()
+            time += 10.0
+        await next_beat()
+        assert lease.age_seconds == 20.0
+
+
+@pytest.mark.parametrize(
+    ("state", "age", "is_lost"), [("active", 299, False), ("active", 300, True), ("queued", 1, True)]
+)
+async def test_what_the_server_has_is_adopted_from_an_active_item_while_our_lease_lives(
+    emulator: Emulator, proxy: Proxy, session_id: str, state: str, age: float, is_lost: bool
+) -> None:
+    time = 0.0
+    async with claimed(emulator, proxy, now=lambda: time) as (lease, next_beat):
+        proxy.drop("beat")
+        with pytest.raises(anthropic.APIError):
+            await next_beat()
+        time = age
+        current = {"state": state, "last_heartbeat": "somebody's", "lease_extended": False, "ttl_seconds": 300}
+        proxy.answer("beat", 412, body={"type": "error", "error": {"details": {"current_state": current}}})
+        with contextlib.suppress(anthropic.APIStatusError):
+            await next_beat()
+        assert lease.lost.is_set() is is_lost
 
 
 @pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])

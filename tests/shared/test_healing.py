@@ -613,12 +613,16 @@ async def test_a_stop_that_nobody_completes_is_completed(make_world: MakeWorld) 
     assert world.results(session) == [(LOST, True)]
 
 
-async def test_a_stop_that_another_host_has_completed_is_not_completed_again(make_world: MakeWorld) -> None:
-    """The session is queued again by then: a stop would take it off the queue."""
+@pytest.mark.parametrize(("text", "state"), [("!go", "queued"), ("hello", "stopped")])
+async def test_a_stop_that_another_host_has_completed_is_not_completed_again(
+    make_world: MakeWorld, text: str, state: str
+) -> None:
+    """A session with work is queued again by then, and any other one may be at the next moment: a stop would take it
+    off the queue."""
     world = make_world(Switches(lease_lapse="never"))
     emulator = world.emulator
     session = emulator.create_session()
-    emulator.say(session, "!go")
+    emulator.say(session, text)
     await claim(world.client, emulator, session)
     emulator.stop_work(session)
     emulator.advance(610)
@@ -627,9 +631,9 @@ async def test_a_stop_that_another_host_has_completed_is_not_completed_again(mak
     assert items is not None
     other = Healer(world.client, settings_for(emulator))
     assert await other.heal(await other.list_work() or []) == 1
-    assert emulator.work(session)["state"] == "queued"
+    assert emulator.work(session)["state"] == state
     assert await healer.heal(items) == 0
-    assert emulator.work(session)["state"] == "queued"
+    assert emulator.work(session)["state"] == state
     assert count(emulator, "work.stop") == 1
 
 
