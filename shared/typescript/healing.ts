@@ -94,7 +94,7 @@ export class Healer {
         const { data, response } = await this.#client.beta.environments.work
           .list(this.#environmentId, query)
           .withResponse();
-        if (page === undefined) now = Date.parse(response.headers.get("date") ?? "") || undefined;
+        if (page === undefined) now = serverTime(response.headers.get("date"));
         items.push(...data.data);
         if (!data.next_page) return { items, now };
         if (items.length >= MAX_ITEMS) {
@@ -235,6 +235,16 @@ function sample<T>(values: readonly T[], count: number): T[] {
     .sort((one, other) => one.key - other.key)
     .slice(0, count)
     .map(({ value }) => value);
+}
+
+/** What the `Date` of an answer says. Without it no strand can be told: a host's own clock may be wrong. */
+function serverTime(date: string | null): number | undefined {
+  const now = Date.parse(date ?? "");
+  if (!Number.isNaN(now)) return now;
+  log.warning("heal", {
+    reason: "the API's answer has no usable Date: does a proxy remove it? Nothing is healed",
+  });
+  return undefined;
 }
 
 /** From `moment` to `now`, both the server's; 0 for what never happened, or when the server does not tell its time. */

@@ -687,16 +687,21 @@ async def test_a_server_whose_clock_is_wrong_is_taken_at_its_word(world: World) 
     assert world.results(session) == [(LOST, True)]
 
 
-async def test_without_the_servers_time_nothing_is_judged(world: World, detour: Detour) -> None:
+@pytest.mark.parametrize("date", [None, "", "soon", "Mon, 99 Nov 2026 99:00:00 GMT"])
+async def test_without_the_servers_time_nothing_is_judged_and_the_log_says_so(
+    world: World, detour: Detour, date: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     session = await world.strand()
 
     def timeless(_: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
         headers = {name: value for name, value in response.headers.items() if name != "date"}
+        headers |= {} if date is None else {"date": date}
         return httpx2.Response(response.status_code, headers=headers, content=response.content)
 
     detour.changes.append(timeless)
     await world.dispatcher.sweep()
     assert world.results(session) == []
+    assert "no usable Date" in caplog.text
 
 
 # --- cost and fairness -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -96,8 +96,8 @@ class Healer:
                 raw = await self._client.beta.environments.work.with_raw_response.list(
                     self._environment_id, limit=_PAGE, page=page or omit
                 )
-                if self._now is None and (date := raw.headers.get("date")):
-                    self._now = parsedate_to_datetime(date)
+                if page is None:
+                    self._now = _server_time(raw.headers.get("date", ""))
                 parsed = await raw.parse()
                 items += parsed.data
                 page = parsed.next_page
@@ -236,3 +236,15 @@ def _error_result(call: Any) -> dict[str, Any]:
     if call.type == "agent.custom_tool_use":
         return {"type": "user.custom_tool_result", "custom_tool_use_id": call.id, **answer}
     return {"type": "user.tool_result", "tool_use_id": call.id, **answer}
+
+
+def _server_time(date: str) -> datetime | None:
+    """What the `Date` of an answer says. Without it no strand can be told: a host's own clock may be wrong."""
+    try:
+        told = parsedate_to_datetime(date)
+    except ValueError:
+        _log.warning(
+            log.line("heal", reason="the API's answer has no usable Date: does a proxy remove it? Nothing is healed")
+        )
+        return None
+    return told if told.tzinfo else told.replace(tzinfo=UTC)
