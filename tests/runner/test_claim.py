@@ -120,11 +120,12 @@ async def test_a_claim_that_was_recorded_but_not_answered_is_ours_when_it_stands
     assert texts(emulator, session_id) == ["hello"]
 
 
+@pytest.mark.parametrize("status", [None, 408, 409, 429])
 async def test_a_claim_that_was_not_recorded_is_sent_again(
-    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path
+    emulator: Emulator, proxy: Proxy, session_id: str, tmp_path: Path, status: int | None
 ) -> None:
     runner = await in_process(emulator, proxy.url, tmp_path, settle_seconds=300)  # and without waiting
-    proxy.drop("beat")
+    _ = proxy.drop("beat") if status is None else proxy.answer("beat", status)
     assert await asyncio.wait_for(runner.run(), 30) == (EXIT_OK, "the session is idle")
 
 
@@ -252,6 +253,30 @@ async def test_what_the_server_has_is_adopted_from_an_active_item_while_our_leas
         with contextlib.suppress(anthropic.APIStatusError):
             await next_beat()
         assert lease.lost.is_set() is is_lost
+
+
+@pytest.mark.parametrize("status", [408, 409, 429])
+async def test_a_beat_that_is_put_off_is_no_lost_lease(
+    emulator: Emulator, proxy: Proxy, session_id: str, status: int
+) -> None:
+    async with claimed(emulator, proxy) as (lease, next_beat):
+        proxy.answer("beat", status)
+        with pytest.raises(anthropic.APIStatusError):
+            await next_beat()
+        assert not lease.lost.is_set()
+        assert (await next_beat()).lease_extended
+
+
+async def test_a_beat_counts_from_when_it_was_sent(emulator: Emulator, proxy: Proxy, session_id: str) -> None:
+    time = 0.0
+    async with claimed(emulator, proxy, now=lambda: time) as (lease, next_beat):
+        held = proxy.hold("beat")
+        beating = asyncio.ensure_future(next_beat())
+        await held.reached.wait()
+        time = 5.0
+        held.released.set()
+        await beating
+        assert lease.age_seconds == 5.0
 
 
 @pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])

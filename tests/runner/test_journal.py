@@ -12,7 +12,7 @@ import pytest
 from anthropic.lib.tools import ToolError, beta_async_tool
 
 from shared.runner_events import EventLog
-from shared.runner_journal import Journal
+from shared.runner_journal import NAME, Journal
 from shared.runner_tools import BEGUN_BEFORE, TURN_INTERRUPTED
 from tests.runner.support import Bench
 
@@ -36,6 +36,13 @@ def test_what_is_begun_is_known_to_the_next(tmp_path: Path) -> None:
     following = Journal(tmp_path / ".sandbox")
     assert "a" in following
     assert "b" in following
+
+
+def test_an_entry_is_on_the_disk_before_its_call_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    monkeypatch.setattr(os, "fdatasync", lambda _: written.append((tmp_path / ".sandbox" / NAME).read_bytes()))
+    assert Journal(tmp_path / ".sandbox").begin("a")
+    assert written[0].rstrip() == b'{"begun": ["a"]}'
 
 
 def test_the_file_stays_small_and_keeps_the_latest(tmp_path: Path) -> None:

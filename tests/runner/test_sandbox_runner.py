@@ -144,6 +144,7 @@ async def test_a_lost_lease_ends_the_whole_tree(emulator: Emulator, start: Start
 
 
 BLOCKING = '''
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,7 +154,8 @@ def tools(context):
     @beta_tool
     def block() -> str:
         """Blocks its thread for good."""
-        Path(context.workdir, "begun").write_text("1")
+        has_no_input = os.path.samestat(os.fstat(0), os.stat(os.devnull))
+        Path(context.workdir, "begun").write_text(str(has_no_input))
         time.sleep(300)
         return "never"
 
@@ -162,7 +164,7 @@ def tools(context):
 
 
 async def test_a_thread_that_blocks_does_not_keep_the_process(emulator: Emulator, start: Start, tmp_path: Path) -> None:
-    """With its output closed, too: the host that read it is gone."""
+    """With its output closed, too: the host that read it is gone. And nothing inherits what the job came on."""
     (tmp_path / "mine.py").write_text(BLOCKING)
     session_id = emulator.create_session()
     emulator.set_script(session_id, [custom("block"), repeat_output, end()])
@@ -171,7 +173,7 @@ async def test_a_thread_that_blocks_does_not_keep_the_process(emulator: Emulator
     runner = await start(job)
     await runner.line("ready")
     await runner.hang_up()
-    await wait_file(tmp_path / "workspace" / "begun")
+    assert await wait_file(tmp_path / "workspace" / "begun") == "True"
     runner.process.terminate()
     async with asyncio.timeout(PATIENCE_SECONDS):
         assert await runner.process.wait() == EXIT_HANDED_OVER

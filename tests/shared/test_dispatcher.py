@@ -439,6 +439,24 @@ async def test_a_poll_without_a_usable_answer_ends_the_drain(
     assert provider.started == [session]
 
 
+async def test_a_drain_ends_however_much_there_is_to_do(
+    emulator: Emulator, detour: Detour, make_dispatcher: MakeDispatcher
+) -> None:
+    session = emulator.create_session()
+    handed_out: list[httpx2.Response] = []
+
+    def endless(request: httpx2.Request, response: httpx2.Response) -> httpx2.Response | None:
+        if not request.url.path.endswith("/work/poll"):
+            return None
+        handed_out.append(response)
+        return httpx2.Response(200, json=handed_out[0].json())
+
+    detour.changes.append(endless)
+    provider = FakeProvider()
+    await asyncio.wait_for(make_dispatcher(provider, drain_seconds=0.2).drain(), 60)
+    assert session in provider.started
+
+
 async def test_an_item_whose_hand_out_was_lost_is_launched_in_the_next_window(
     emulator: Emulator, make_dispatcher: MakeDispatcher
 ) -> None:
@@ -629,6 +647,18 @@ async def test_what_nobody_used_for_long_is_deleted_and_nothing_else(
     ]
     await dispatcher.sweep()
     assert provider.released == ["box-sesn_old"]
+
+
+async def test_what_ran_when_it_was_listed_is_not_deleted_when_it_has_just_ended(emulator: Emulator) -> None:
+    provider = FakeProvider()
+    provider.infos = [info("sesn_running", running=True, idle_seconds=10**7)]
+    fleet = Fleet(provider, settings_for(emulator))
+    listed = await fleet.list()
+    assert listed is not None
+    provider.infos = []
+    await fleet.list()  # of a drain in the same sweep
+    await fleet.clean_up([], listed, ())
+    assert provider.released == []
 
 
 async def test_one_sandbox_that_cannot_be_deleted_keeps_no_other(

@@ -93,6 +93,15 @@ async def test_skills_beyond_the_limit_are_not_brought(
     assert "the skills have more than 30 bytes" in caplog.text
 
 
+def test_no_link_of_a_skill_is_followed_on_the_host(tmp_path: Path) -> None:
+    """The SDK unpacks none; what it unpacks is read with the host's rights."""
+    (tmp_path / "skill").mkdir()
+    (tmp_path / "skill" / "SKILL.md").write_text("how to")
+    (tmp_path / "key").write_text("the host's")
+    (tmp_path / "skill" / "link").symlink_to(tmp_path / "key")
+    assert staging._read_all(tmp_path / "skill") == {"SKILL.md": b"how to"}
+
+
 @pytest.fixture
 async def make_world(emulator: Emulator, tmp_path: Path) -> AsyncIterator[Callable[[], World]]:
     made: list[World] = []

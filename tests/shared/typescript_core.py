@@ -200,6 +200,7 @@ class Dispatcher:
         settings: Any,
         provider: Any,
         *,
+        drain_seconds: float | None = None,
         launch_seconds: float | None = None,
         retry_pauses: Sequence[float] = (),
         stage_seconds: float | None = None,
@@ -207,6 +208,7 @@ class Dispatcher:
         self._core, self.name = core, core.new()
         core.providers[self.name] = provider
         timing = {
+            **({"drainMs": drain_seconds * 1000} if drain_seconds is not None else {}),
             **({"launchMs": launch_seconds * 1000} if launch_seconds is not None else {}),
             **({"firstPauseMs": retry_pauses[0] * 1000} if retry_pauses else {}),
         }

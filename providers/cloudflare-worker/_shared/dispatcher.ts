@@ -48,7 +48,7 @@ export interface DispatcherParts {
   /** Brings files for a session (R12). Never throws for what cannot be had. */
   readonly stage?: (job: Job, client: Anthropic) => Promise<LaunchFiles>;
   /** Other times than a real host has, for tests. */
-  readonly timing?: { readonly launchMs?: number; readonly firstPauseMs?: number };
+  readonly timing?: { readonly drainMs?: number; readonly launchMs?: number; readonly firstPauseMs?: number };
 }
 
 /** The sessions whose sandboxes run, as far as this host knows; kept where it survives the host. */
@@ -67,6 +67,7 @@ export class Dispatcher {
   readonly #live: LiveSessions;
   readonly #healer: Healer;
   readonly #parts: DispatcherParts;
+  readonly #drainMs: number;
   readonly #launchMs: number;
   readonly #firstPauseMs: number;
   #isSignalled = false;
@@ -84,6 +85,7 @@ export class Dispatcher {
     this.#provider = parts.provider;
     this.#live = parts.live;
     this.#parts = parts;
+    this.#drainMs = parts.timing?.drainMs ?? DRAIN_MS;
     this.#launchMs = parts.timing?.launchMs ?? LAUNCH_MS;
     this.#firstPauseMs = parts.timing?.firstPauseMs ?? FIRST_PAUSE_MS;
     this.#healer = new Healer(this.#client, settings.environmentId, parts.ownTools);
@@ -131,7 +133,7 @@ export class Dispatcher {
   }
 
   async #drain(): Promise<void> {
-    const deadline = Date.now() + DRAIN_MS;
+    const deadline = Date.now() + this.#drainMs;
     while (this.#isSignalled) {
       // A slot before the poll, so that nothing waits reserved (P8).
       while (this.#launches.size >= this.#settings.launchConcurrency) await Promise.race(this.#launches.values());

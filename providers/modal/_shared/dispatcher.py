@@ -54,6 +54,7 @@ class Dispatcher:
         client: AsyncAnthropic,
         settings: Settings,
         provider: Provider,
+        drain_seconds: float = DRAIN_SECONDS,
         launch_seconds: float = LAUNCH_SECONDS,
         call_seconds: float = CALL_SECONDS,
         retry_pauses: Sequence[float] = RETRY_PAUSES,
@@ -65,6 +66,7 @@ class Dispatcher:
         self._fleet = Fleet(provider, settings, call_seconds=call_seconds)
         self._launcher = Launcher(client, settings, provider, launch_seconds=launch_seconds, retry_pauses=retry_pauses)
         self._worker_id = f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"  # one a process, as the API documents it
+        self._drain_seconds = drain_seconds
         self._retry_pauses = retry_pauses
         self._slots = asyncio.Semaphore(settings.launch_concurrency)
         self._signalled = False
@@ -132,7 +134,7 @@ class Dispatcher:
     # --- drain -------------------------------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        deadline = time.monotonic() + DRAIN_SECONDS
+        deadline = time.monotonic() + self._drain_seconds
         while self._signalled and time.monotonic() < deadline:
             if not await self._fleet.has_room(self._launches.keys()):
                 return
