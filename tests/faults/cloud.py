@@ -63,9 +63,18 @@ class Box:
     created_at: float
     last_used_at: float
     runs: list[Run] = field(default_factory=list)
-    is_gone: bool = False
     is_suspended: bool = False
     is_ending: bool = False
+    gone_at: float | None = None
+    forgotten_at: float | None = None
+    """When the provider, which still has it, began to take another one for its session's, or none."""
+    suspended: list[tuple[float, float]] = field(default_factory=list)
+    """From when to when, as far as it is over."""
+    suspended_at: float = 0.0
+
+    @property
+    def is_gone(self) -> bool:
+        return self.gone_at is not None
 
     @property
     def workspace(self) -> Path:
@@ -73,6 +82,10 @@ class Box:
 
     def alive(self) -> list[Run]:
         return [run for run in self.runs if run.is_alive]
+
+    def was_suspended(self, at: float) -> bool:
+        is_now = self.is_suspended and self.suspended_at <= at
+        return is_now or any(since <= at < until for since, until in self.suspended)
 
 
 class Cloud:
@@ -148,7 +161,7 @@ class Cloud:
                 self.end(box)
                 box = owner
             else:
-                self.store[session_id] = box.id
+                self.remember({**self.store, session_id: box.id})
         if box.is_suspended:
             self.resume(box)
         box.last_used_at = EPOCH + self._loop.time()
@@ -191,6 +204,13 @@ class Cloud:
 
     # What happens to sandboxes
 
+    def remember(self, store: dict[str, str]) -> None:
+        """Which sandbox is whose from now on. What was somebody's and is not any more is forgotten."""
+        for id_ in set(self.store.values()) - set(store.values()):
+            if (box := self.boxes.get(id_)) and box.forgotten_at is None:
+                box.forgotten_at = self._loop.time()
+        self.store = store
+
     def doom(self, session_id: str, steps: int, happens: Callable[[Run], None]) -> None:
         """Something happens to the session's runners, those that start soon included, at their Nth step from now."""
         self.doomed[session_id] = (self._loop.time() + _DOOMED_SECONDS, steps, happens)
@@ -205,7 +225,7 @@ class Cloud:
         """Nothing of it is left."""
         for run in box.runs:
             run.process.die()
-        box.is_gone = True
+        box.gone_at = self._loop.time()
         self.boxes.pop(box.id, None)
         shutil.rmtree(box.directory, ignore_errors=True)
 
@@ -223,13 +243,14 @@ class Cloud:
             self.end(box)
 
     def suspend(self, box: Box) -> None:
-        box.is_suspended = True
+        box.is_suspended, box.suspended_at = True, self._loop.time()
         for run in box.runs:
             run.process.hold()
 
     def resume(self, box: Box) -> None:
         if box.is_suspended:
             box.is_suspended = False
+            box.suspended.append((box.suspended_at, self._loop.time()))
             for run in box.runs:
                 run.process.go_on()
 

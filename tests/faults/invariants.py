@@ -178,9 +178,8 @@ def _executions(world: World) -> Iterable[str]:
         runs = [execution for execution in executions if execution.marker == marker]
         if count > 1:
             who = ", ".join(run.run.process.name for run in runs)
-            has_disk = any(one.run.box is other.run.box for one, other in pairwise(runs))
-            label = "twice" if has_disk else "twice on two disks"
-            yield f"{label}: call {marker} was executed {count} times, by {who}"
+            for label in dict.fromkeys(_again(world, one, other) for one, other in pairwise(runs)):
+                yield f"{label}: call {marker} was executed {count} times, by {who}"
     for execution in executions:
         if not execution.held_lease:
             label = "forced" if _is_after_forced_stop(world, execution) else "loser"
@@ -193,6 +192,21 @@ def _executions(world: World) -> Iterable[str]:
             names = f"{one.run.process.name} and {other.run.process.name}"
             is_known = any(not each.held_lease and _is_after_forced_stop(world, each) for each in (one, other))
             yield f"{'forced' if is_known else 'overlap'}: {names} execute {one.marker} and {other.marker} at once"
+
+
+def _again(world: World, one: Execution, other: Execution) -> str:
+    """What it is called that the second ran the call of the first: by what became of the first one's disk."""
+    box, at = one.run.box, other.began
+    if box is other.run.box:
+        return "twice"
+    if box.gone_at is not None and box.gone_at <= at:
+        return "twice on two disks"
+    is_forgotten = box.forgotten_at is not None and box.forgotten_at <= at
+    if is_forgotten and (box.was_suspended(at) or not one.run.process.is_alive_at(at)):
+        return "twice beside a forgotten disk"
+    if is_forgotten and _is_after_forced_stop(world, other):
+        return "forced"
+    return "twice"
 
 
 def _is_after_forced_stop(world: World, execution: Execution) -> bool:

@@ -41,6 +41,7 @@ class Process:
         self.context = contextvars.copy_context()
         self.context.run(CURRENT.set, self)
         self.is_dead = False
+        self.died_at: float | None = None
         self.is_held = False
         self.is_reaped = False
         """The schedule is over: the process runs its cleanup, which nobody looks at any more."""
@@ -65,9 +66,12 @@ class Process:
 
     def die(self) -> None:
         if not self.is_dead:
-            self.is_dead = True
+            self.is_dead, self.died_at = True, self._loop.time()
             for callback in self.on_death:
                 callback()
+
+    def is_alive_at(self, moment: float) -> bool:
+        return self.died_at is None or self.died_at > moment
 
     def signal(self, number: int) -> None:
         if number not in self.signals:

@@ -299,7 +299,7 @@ def _apply(step: steps.Step, world: World) -> None:
             case steps.SaveStore():
                 world.cloud.saved = dict(world.cloud.store)
             case steps.LoseStore(restored=restored):
-                world.cloud.store = dict(world.cloud.saved) if restored else {}
+                world.cloud.remember(dict(world.cloud.saved) if restored else {})
             case steps.Wire(operation=operation, kind=kind, count=count, who=who, seconds=seconds, status=status):
                 world.network.faults.append(Fault(operation, kind, count, who, seconds, status))
             case steps.CutStream():

@@ -18,3 +18,4 @@ SCHEDULE = Schedule(
         CutStream(86.59, 0),
     ),
 )
+EXCUSED = {"forced"}
