@@ -44,12 +44,14 @@ _ASKED_BY_HOSTS = (
     *("work.poll", "work.list", "work.heartbeat", "work.stop"),
     *("events.send", "sessions.get", "events.list"),
 )
+_ANSWER_TROUBLES: tuple[Kind, ...] = ("lose_response", "reset_response", "duplicate")
 _LOSSES: tuple[Kind, ...] = ("lose_request", "lose_response", "reset_request", "reset_response")
 
 
 class _Maker:
     def __init__(self, seed: int) -> None:
         self.luck = random.Random(seed)  # noqa: S311 - a test's luck
+        self.more_luck = random.Random(f"{seed} twice")  # noqa: S311 - of what came later, so that it changes no other's
         self.sessions = self.luck.choice((1, 1, 2, 3))
         self.has_skills = False
         self.moments: list[float] = []
@@ -145,7 +147,9 @@ class _Maker:
         )
         how = self.luck.random()
         if how < 0.5:
-            return steps.Wire(self.at(), operation, self.luck.choice(_LOSSES), self.luck.randint(1, 3), who)  # type: ignore[arg-type]
+            at, loss, count = self.at(), self.luck.choice(_LOSSES), self.luck.randint(1, 3)
+            loss = "duplicate" if self.more_luck.random() < 0.2 else loss
+            return steps.Wire(at, operation, loss, count, who)  # type: ignore[arg-type]
         if how < 0.75:
             kind: Kind = self.luck.choice(("delay", "delay_request"))
             seconds = self.luck.choice((3.0, 12.0, 35.0, 70.0))
@@ -262,9 +266,9 @@ def every_server() -> Iterator[Schedule]:
         (steps.Interrupt(at, 0), steps.Message(at + 5.0, 0)),
         (steps.KillRunner(at, 0), steps.Interrupt(at + 5.0, 0)),
         (steps.RotateKey(at), steps.KillRunner(at, 0)),
-        *((steps.Wire(at, "work.heartbeat", kind, 1, "runner"),) for kind in ("lose_response", "reset_response")),
-        *((steps.Wire(at, "events.send", kind, 1, "runner"),) for kind in ("lose_response", "reset_response")),
-        *((steps.Wire(at, "work.stop", kind, 1, "runner"),) for kind in ("lose_response", "reset_response")),
+        *((steps.Wire(at, "work.heartbeat", kind, 1, "runner"),) for kind in _ANSWER_TROUBLES),
+        *((steps.Wire(at, "events.send", kind, 1, "runner"),) for kind in _ANSWER_TROUBLES),
+        *((steps.Wire(at, "work.stop", kind, 1, "runner"),) for kind in _ANSWER_TROUBLES),
     ]
     servers = [((name, value),) for name, values in SWITCHES.items() for value in dict.fromkeys(values)]
     for trouble in troubles:

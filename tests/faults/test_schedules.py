@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import pkgutil
+from typing import get_args
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.faults.generate import (
     every_server,
     generate,
 )
-from tests.faults.play import play
+from tests.faults.play import label, play
 from tests.faults.shrink import shrink
 from tests.faults.steps import (
     Create,
@@ -37,6 +38,7 @@ from tests.faults.steps import (
     Webhooks,
     Wire,
 )
+from tests.faults.wire import Kind
 from tools.emulator.switches import values_of
 
 COUNT = int(os.environ.get("FAULTS_N", "500"))
@@ -55,8 +57,10 @@ def test_random_schedules(first: int) -> None:
 
 @pytest.mark.parametrize("name", KEPT)
 def test_what_was_once_found(name: str) -> None:
-    outcome = play(importlib.import_module(f"{kept.__name__}.{name}").SCHEDULE)
+    module = importlib.import_module(f"{kept.__name__}.{name}")
+    outcome = play(module.SCHEDULE)
     assert outcome.violations == [], "\n".join(outcome.story)
+    assert {label(text) for text in outcome.excused} == getattr(module, "EXCUSED", set())
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -109,7 +113,8 @@ def test_every_kind_of_trouble_is_in_the_schedules() -> None:
     assert {(step.operation, step.kind) for step in wires if step.who == "runner"} >= {
         (operation, kind)
         for operation in ("work.ack", "work.heartbeat", "work.stop", "events.send")
-        for kind in ("lose_request", "lose_response", "reset_response", "delay")
+        for kind in get_args(Kind)
+        if kind != "fail"
     }
     assert {(step.operation, step.status) for step in wires if step.count == 3} >= {("sessions.get", 500)}
     assert {step.status for step in wires} == {500, 503, 529, 429, 408}

@@ -12,7 +12,7 @@ import contextvars
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import httpx2
@@ -21,7 +21,16 @@ from starlette.requests import ClientDisconnect
 from tests.faults.loop import CURRENT, Process, VirtualLoop
 from tests.faults.numbers import number
 
-Kind = Literal["lose_request", "lose_response", "reset_request", "reset_response", "delay_request", "delay", "fail"]
+Kind = Literal[
+    "lose_request",
+    "lose_response",
+    "reset_request",
+    "reset_response",
+    "delay_request",
+    "delay",
+    "fail",
+    "duplicate",
+]
 BASE_URL = "http://control-plane"
 _OPERATIONS = (
     ("work.poll", "GET", r"/v1/environments/[^/]+/work/poll"),
@@ -52,6 +61,7 @@ class Fault:
     """What happens to the next `count` requests of one operation, of runners, of dispatchers or of both.
 
     `lose_…`: nothing is heard any more. `reset_…`: the connection breaks. `…_request`: before the server has got it.
+    `duplicate`: carried out twice, as when something on the way repeats it; the second answer is heard.
     """
 
     operation: str
@@ -243,6 +253,10 @@ class Exchange:
             error = {"type": "error", "error": {"type": "api_error", "message": "injected"}, "request_id": "req_0"}
             self._hear(httpx2.Response(self._fault.status, json=error, request=request))
             return
+        if self._kind == "duplicate" and self._asked.operation != "events.stream":
+            first = replace(self._asked)
+            unheard = Exchange(self._network, first, None, self._network.loop.create_future(), 0.0, self._timeout)
+            await unheard.carry_out(request)
         self._network.on_asked(self._asked)
         self._request = request
         with contextlib.suppress(ClientDisconnect):
