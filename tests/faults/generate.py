@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import inf
 
 from tests.faults import steps
 from tests.faults.steps import Schedule, Step, Turn, Use
@@ -119,7 +120,10 @@ class _Maker:
             "acquire": ("slow", "fail", "half_done", "forget"),
         }.get(call, ("slow", "fail"))
         seconds = self.luck.choice((5.0, 40.0, 100.0, 130.0))
-        return steps.Provider(self.at(), call, self.luck.choice(kinds), self.luck.randint(1, 3), seconds)  # type: ignore[arg-type]
+        at, kind, count = self.at(), self.luck.choice(kinds), self.luck.randint(1, 3)
+        if (call, kind) == ("acquire", "slow"):
+            seconds += 60.0  # some longer than an item is handed out for: two hosts make a sandbox at once
+        return steps.Provider(at, call, kind, count, seconds)  # type: ignore[arg-type]
 
     def two_sandboxes(self) -> list[Step]:
         """A runner boots for so long that its item is handed out again, with a second token; and the second launch does
@@ -226,9 +230,6 @@ ORDINARY = Schedule(
         steps.Message(30.0, 0),
     ),
 )
-RUNNER_STEPS, DISPATCHER_STEPS = 480, 100  # what they take in it, and more: the last kills come too late
-
-
 IN_A_CALL = 15.0  # when this one's agent has begun to wait for its long call
 LONG_CALL = Schedule(
     seed=2,
@@ -242,14 +243,64 @@ LONG_CALL = Schedule(
 )
 
 
+HEALED = Schedule(
+    seed=3,
+    hosts=1,
+    steps=(
+        steps.Create(0.5, 0, (((Use(seconds=30.0),), (Use(seconds=1.0),)),)),
+        steps.Message(1.0, 0),
+        steps.KillRunner(15.0, 0),
+        steps.Provider(100.0, "acquire", "forget"),
+        steps.Provider(100.0, "start", "fail"),
+    ),
+)
+"""A strand that is healed at 442 s; the launch that follows fails once, in another sandbox, and the first sandbox is
+released at 635 s."""
+FREED = replace(HEALED, switches=(("lease_lapse", "never"),))  # at 631 s: the lease does not lapse by itself
+TAKEN_OVER = Schedule(
+    seed=4,
+    hosts=1,
+    steps=(
+        steps.Create(38.0, 0, (((Use(seconds=75.0),),), ((Use(seconds=4.0),),))),
+        steps.Message(38.5, 0),
+        steps.Message(50.0, 0),
+        steps.OperatorStop(60.0, 0, force=True),
+    ),
+)
+"""The item of a working runner is queued again, and a newcomer in its sandbox takes over from it at 65 s."""
+
+
+@dataclass(frozen=True)
+class Kills:
+    """A kill at each of so many awaits. One more would change nothing that happens before `until`, seconds."""
+
+    of: Schedule
+    at: Callable[[int], Step]
+    count: int
+    until: float = inf
+
+    def schedule(self, number: int) -> Schedule:
+        return self.of.with_steps((*self.of.steps, self.at(number)))
+
+
+EVERY_KILL = (
+    Kills(ORDINARY, lambda count: steps.KillRunner(0.6, 0, count), 480),
+    Kills(ORDINARY, lambda count: steps.Terminate(0.6, 0, steps=count), 480),
+    Kills(ORDINARY, lambda count: steps.KillDispatcher(0.6, 0, count, 30.0), 100),
+    Kills(HEALED, lambda count: steps.KillDispatcher(441.0, 0, count, 30.0), 80, until=600.0),
+    Kills(HEALED, lambda count: steps.KillRunner(441.0, 0, count), 240),
+    Kills(HEALED, lambda count: steps.KillDispatcher(628.0, 0, count, 30.0), 40),
+    Kills(FREED, lambda count: steps.KillDispatcher(629.0, 0, count, 30.0), 80, until=670.0),
+    Kills(TAKEN_OVER, lambda count: steps.KillRunner(61.0, 0, count), 240),
+    Kills(TAKEN_OVER, lambda count: steps.Terminate(61.0, 0, steps=count), 240),
+)
+
+
 def every_kill() -> Iterator[Schedule]:
-    """An ordinary session, whose runner, or whose dispatcher, is killed at every await there is; or whose sandbox is
-    told there that it ends."""
-    kills: list[Step] = [steps.KillRunner(0.6, 0, count) for count in range(RUNNER_STEPS)]
-    kills += [steps.Terminate(0.6, 0, steps=count) for count in range(RUNNER_STEPS)]
-    kills += [steps.KillDispatcher(0.6, 0, count, 30.0) for count in range(DISPATCHER_STEPS)]
-    for kill in kills:
-        yield ORDINARY.with_steps((*ORDINARY.steps, kill))
+    """An ordinary session, one that is healed, freed, or taken over: its runner, or its dispatcher, is killed at every
+    await there is; or its sandbox is told there that it ends."""
+    for kills in EVERY_KILL:
+        yield from map(kills.schedule, range(kills.count))
 
 
 def every_server() -> Iterator[Schedule]:

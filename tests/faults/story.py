@@ -34,5 +34,7 @@ def story(world: World) -> list[str]:
             lines.append((execution.ended, f"{execution.run.process.name} is done with {execution.marker}"))
     for box in world.cloud.everything:
         lines.append((box.created_at - EPOCH, f"{box.id} is made for {name_of(world, box.session_id)}"))
+        if box.gone_at is not None:
+            lines.append((box.gone_at, f"{box.id} is gone"))
         lines += [(run.exited_at, f"{run.process.name} in {box.id} exits: {run.exit}") for run in box.runs if run.exit]
     return [f"{at:9.2f}  {what}" for at, what in sorted(lines, key=lambda line: line[0])]

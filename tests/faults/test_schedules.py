@@ -13,11 +13,11 @@ import pytest
 from tests.faults import kept, steps
 from tests.faults.__main__ import SEEDS_APART, report
 from tests.faults.generate import (
-    DISPATCHER_STEPS,
+    EVERY_KILL,
     IN_A_CALL,
     LONG_CALL,
     ORDINARY,
-    RUNNER_STEPS,
+    Kills,
     every_kill,
     every_server,
     generate,
@@ -26,14 +26,11 @@ from tests.faults.play import label, play
 from tests.faults.shrink import shrink
 from tests.faults.steps import (
     Create,
-    KillDispatcher,
-    KillRunner,
     Message,
     Provider,
     Schedule,
     Skew,
     Suspend,
-    Terminate,
     Use,
     Webhooks,
     Wire,
@@ -65,21 +62,23 @@ def test_what_was_once_found(name: str) -> None:
 
 @pytest.mark.parametrize("part", range(2))
 def test_a_kill_at_any_await_loses_nothing(part: int) -> None:
-    """Every ninth of them in all; `make faults` plays the others too."""
-    for schedule in list(every_kill())[part * 9 :: 18]:
+    """Every seventeenth of them in all; `make faults` plays the others too."""
+    for schedule in list(every_kill())[part * 17 :: 34]:
         outcome = play(schedule)
         assert outcome.violations == [], "\n".join((str(schedule), *outcome.story))
 
 
-def test_the_kills_reach_the_last_await() -> None:
-    undisturbed = play(ORDINARY).story
-    for step in (
-        KillRunner(0.6, 0, RUNNER_STEPS),
-        Terminate(0.6, 0, steps=RUNNER_STEPS),
-        KillDispatcher(0.6, 0, DISPATCHER_STEPS, 30.0),
-    ):
-        disturbed = play(ORDINARY.with_steps((*ORDINARY.steps, step))).story
-        assert [line for line in disturbed if not line.endswith(repr(step))] == undisturbed
+@pytest.mark.parametrize("kills", EVERY_KILL, ids=lambda kills: repr(kills.at(0)).partition("(")[0])
+def test_the_kills_reach_the_first_await_and_the_last(kills: Kills) -> None:
+    """The first one changes what happens, and one more than there are would not."""
+
+    def story(schedule: Schedule) -> list[str]:
+        lines = [line for line in play(schedule).story if float(line.split()[0]) < kills.until]
+        return [line for line in lines if not line.endswith(repr(schedule.steps[-1]))]
+
+    undisturbed = story(kills.of.with_steps((*kills.of.steps, steps.SaveStore(kills.at(0).at))))
+    assert story(kills.schedule(kills.count)) == undisturbed
+    assert story(kills.schedule(0)) != undisturbed or kills.of is ORDINARY  # where nothing runs yet
 
 
 def test_trouble_in_a_call_loses_nothing_on_any_server() -> None:
