@@ -25,7 +25,7 @@ from tests.faults.steps import Provider as Trouble
 
 T = TypeVar("T")
 PLATFORM_GRACE_SECONDS = 30.0
-_DOOMED_SECONDS = 60.0
+DOOMED_SECONDS = 60.0
 
 
 @dataclass(eq=False)
@@ -88,6 +88,15 @@ class Box:
         return is_now or any(since <= at < until for since, until in self.suspended)
 
 
+@dataclass(frozen=True)
+class Hit:
+    """A call has met trouble: for one session, or for all."""
+
+    at: float
+    session_id: str | None
+    seconds: float
+
+
 class Cloud:
     """What all hosts' providers share."""
 
@@ -97,6 +106,7 @@ class Cloud:
         self.store: dict[str, str] = {}
         self.saved: dict[str, str] = {}
         self.troubles: list[Trouble] = []
+        self.hits: list[Hit] = []
         self.start_runner: Callable[[Run], None] = lambda run: None
         self.on_launch: Callable[[Launch], None] = lambda launch: None
         self.doomed: dict[str, tuple[float, int, Callable[[Run], None]]] = {}
@@ -128,37 +138,38 @@ class Cloud:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def pause(self, call: str) -> Trouble | None:
+    async def pause(self, call: str, session_id: str | None = None) -> Trouble | None:
         """The time a call takes, and the trouble it meets."""
         await asyncio.sleep(0.2 + 1.5 * number(self._seed, call, next(self._calls)))
         trouble = next((each for each in self.troubles if each.call == call), None)
         if trouble is None:
             return None
         self.troubles.remove(trouble)
+        self.hits.append(Hit(self._loop.time(), session_id, trouble.seconds))
         if trouble.count > 1:
             again = Trouble(trouble.at, trouble.call, trouble.kind, trouble.count - 1, trouble.seconds)
             self.troubles.insert(0, again)
-        if trouble.kind == "slow":
+        if trouble.kind == "slow" and call != "acquire":
             await asyncio.sleep(trouble.seconds)
         if trouble.kind in ("fail", "fail_for_good"):
             raise LaunchFailed(f"{call} failed", retriable=trouble.kind == "fail")
         return trouble
 
     async def acquire(self, session_id: str) -> tuple[Box, bool]:
-        trouble = await self.pause("acquire")
+        trouble = await self.pause("acquire", session_id)
         known = None if trouble is not None and trouble.kind == "forget" else self.store.get(session_id)
         box = self.boxes.get(known or "")
         created = box is None
         if box is not None and box.is_ending:
             raise LaunchFailed("the sandbox is shutting down", retriable=True)
-        if box is None:
+        if trouble is not None and trouble.kind == "slow":
+            await asyncio.sleep(trouble.seconds)  # after the look: somebody else may look, too, and create
+        if box is None or box.is_gone:
             await asyncio.sleep(1.0)
             box = self._create(session_id)
             owner = self.boxes.get(self.store.get(session_id, ""))
-            if owner is not None and not (
-                trouble is not None and trouble.kind == "forget"
-            ):  # somebody else was faster: theirs is the session's
-                self.end(box)
+            if owner is not None and not (trouble is not None and trouble.kind == "forget"):
+                self.release_loser(box)
                 box = owner
             else:
                 self.remember({**self.store, session_id: box.id})
@@ -170,7 +181,7 @@ class Cloud:
         return box, created
 
     async def start(self, box: Box, launch: Launch) -> Started:
-        trouble = await self.pause("start")
+        trouble = await self.pause("start", box.session_id)
         self.on_launch(launch)
         if box.is_gone or box.is_ending:
             raise LaunchFailed("the sandbox is gone", retriable=True)
@@ -213,13 +224,17 @@ class Cloud:
 
     def doom(self, session_id: str, steps: int, happens: Callable[[Run], None]) -> None:
         """Something happens to the session's runners, those that start soon included, at their Nth step from now."""
-        self.doomed[session_id] = (self._loop.time() + _DOOMED_SECONDS, steps, happens)
+        self.doomed[session_id] = (self._loop.time() + DOOMED_SECONDS, steps, happens)
         for box in self.of_session(session_id):
             for run in box.alive():
                 run.process.after(steps, partial(happens, run))
 
     def of_session(self, session_id: str) -> list[Box]:
         return [box for box in self.boxes.values() if box.session_id == session_id]
+
+    def release_loser(self, box: Box) -> None:
+        """Somebody else was faster: theirs is the session's, and this one nobody's."""
+        self.end(box)
 
     def end(self, box: Box) -> None:
         """Nothing of it is left."""

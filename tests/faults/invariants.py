@@ -18,6 +18,7 @@ from tests.faults.steps import OWN_TOOL
 from tests.faults.wire import Asked
 
 if TYPE_CHECKING:
+    from tests.faults.cloud import Box
     from tests.faults.play import World
     from tests.faults.runners import Execution
 
@@ -26,12 +27,14 @@ LOOK_SECONDS = 25.0  # from a runner's last look at the log to its stop: a fence
 SILENCE_SECONDS = 590.0  # before healing takes a lease from whoever held it
 KILL_SECONDS = 7.0  # P3 and R5: what a resumed runner still runs ends within a look of 1 s and a kill of 5 s
 BEAT_SECONDS = 31.0  # the SDK's worker beats every 30 s, and only a beat tells a runner that its item was taken away
-HOPELESS = {
+HOPELESS: dict[tuple[str, object], tuple[str, ...]] = {
     ("secret", "null"): ("lost", "slow", "endless"),
     ("secret", "undecodable"): ("lost", "slow", "endless"),
-    ("environment_key_may_answer", False): ("lost", "slow"),
 }
-"""Servers on which sessions cannot be served, or strands not be ended, and what is therefore not asked of them."""
+"""Servers on which sessions cannot be served, and what is therefore not asked of them."""
+UNHEALED = ("environment_key_may_answer", False)
+"""A server on which no strand can be ended: a session that nothing strands is served all the same."""
+_STRANDING = (steps.KillRunner, steps.Terminate, steps.Vanish, steps.Suspend, steps.OperatorStop)
 _OWNED = ("bash", "read", "write", "edit", "glob", "grep")
 
 
@@ -128,6 +131,27 @@ def is_quiet(world: World) -> bool:
     return not runs and all(is_settled(world, session_id) for session_id in world.sessions.values())
 
 
+def orphans(world: World) -> list[Box]:
+    """Sandboxes that are not their session's: not the one that the provider would find for it, nor, where it knows of
+    none, the oldest, which it would find by what it is labelled with."""
+    owners = set(world.cloud.store.values())
+    found: list[Box] = []
+    for session_id in {box.session_id: None for box in world.cloud.boxes.values()}:
+        boxes = world.cloud.of_session(session_id)
+        owner = next((box for box in boxes if box.id in owners), min(boxes, key=lambda box: box.created_at))
+        found += [box for box in boxes if box is not owner]
+    return found
+
+
+def is_beyond_healing(world: World, index: int) -> bool:
+    """Whether the session met something that takes a runner from it, on a server where nobody may answer for one."""
+    if UNHEALED not in world.schedule.switches:
+        return False
+    runs = [world.runners.by_process.get(hit.process) for hit in world.network.hits]
+    has_met = any(run is not None and run.box.session_id == world.sessions[index] for run in runs)
+    return has_met or any(isinstance(step, _STRANDING) and step.session == index for step in world.schedule.steps)
+
+
 def check(world: World) -> list[str]:
     """Every broken invariant: its label, and what happened."""
     return [
@@ -154,6 +178,8 @@ def _ends(world: World) -> Iterable[str]:
         if session is None or is_settled(world, session_id):
             continue
         if world.plane.has_work(session_id):
+            if is_beyond_healing(world, index):
+                continue
             waits = session.pending_ids() or "its next turn"
             yield f"lost: session {index} is not over: {session.status}, waits for {waits}, its item is {state}"
         else:
@@ -161,14 +187,8 @@ def _ends(world: World) -> Iterable[str]:
     for box in world.cloud.everything:
         if box.alive():
             yield f"endless: {box.alive()[0].process.name} of {name_of(world, box.session_id)} never ends"
-    owners = set(world.cloud.store.values())
-    loses = any(
-        isinstance(step, steps.LoseStore) or (isinstance(step, steps.Provider) and step.kind == "forget")
-        for step in world.schedule.steps
-    )
-    for box in world.cloud.boxes.values():
-        if not loses and box.id not in owners:
-            yield f"ownerless: {box.id} belongs to no session"
+    for box in orphans(world):
+        yield f"ownerless: {box.id} of {name_of(world, box.session_id)} is not the session's, and nobody releases it"
 
 
 def _executions(world: World) -> Iterable[str]:

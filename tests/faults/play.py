@@ -23,7 +23,7 @@ from anyio._backends._asyncio import AsyncIOBackend
 from tests.faults import gaps, invariants, steps
 from tests.faults.cloud import Cloud, Run
 from tests.faults.control_plane import ControlPlane
-from tests.faults.hosts import Hosts
+from tests.faults.hosts import RETENTION_SECONDS, Hosts
 from tests.faults.loop import RanAway, VirtualLoop, virtual_time
 from tests.faults.not_yet import NOT_YET
 from tests.faults.numbers import number
@@ -38,6 +38,7 @@ from tools.emulator.errors import EmulatorError
 
 SETTLE_SECONDS = 2400.0  # after the last step: two lapsed leases, healed one after the other, and more
 HOPELESS_SECONDS = 1500.0  # where recovery is not to be seen; long enough for healing to do something wrong
+RELEASE_SECONDS = RETENTION_SECONDS + 400.0  # once nobody uses it: a few sweeps, whose lists and releases may fail
 CLIENT_SECONDS = 20.0  # how often the people and programs behind a session look what waits for them
 LOOK_SECONDS = 5.0
 _SKILL = f"---\nname: {SKILL_NAME}\ndescription: How we write.\n---\nPlainly.\n"
@@ -199,12 +200,20 @@ def label(violation: str) -> str:
 
 
 async def _settle(world: World) -> None:
-    is_hopeless = any(switch in invariants.HOPELESS for switch in world.schedule.switches)
+    is_hopeless = any(switch in (*invariants.HOPELESS, invariants.UNHEALED) for switch in world.schedule.switches)
     deadline = world.loop.time() + (HOPELESS_SECONDS if is_hopeless else SETTLE_SECONDS)
     while world.loop.time() < deadline:
         await asyncio.sleep(LOOK_SECONDS)
-        if world.runners.crashes or world.hosts.crashes or invariants.is_quiet(world):
+        if world.runners.crashes or world.hosts.crashes:
             return
+        if invariants.is_quiet(world):
+            break
+    # What the provider has forgotten is released in time, as whatever nobody uses.
+    deadline = world.loop.time() + RELEASE_SECONDS
+    while world.loop.time() < deadline:
+        if not any(box.forgotten_at is not None for box in invariants.orphans(world)):
+            return
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _clients(world: World) -> None:

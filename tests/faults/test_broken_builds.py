@@ -13,16 +13,19 @@ import anthropic
 import pytest
 from anthropic import AsyncAnthropic
 
-from shared import runner_session, sandbox_runner
+from shared import dispatcher, runner_session, sandbox_runner
 from shared.dispatcher import Dispatcher
+from shared.fleet import Fleet
 from shared.freeing import Freeing
 from shared.healing import Healer
 from shared.jobs import Job
 from shared.launching import Launcher
 from shared.runner_lease import LeaseMiddleware
 from shared.runner_lock import Lock
-from tests.faults.generate import generate
+from tests.faults.cloud import Cloud
+from tests.faults.generate import EVERY_KILL, generate
 from tests.faults.play import label, play
+from tests.faults.steps import Schedule
 
 SEEDS = 250  # a mistake that takes more schedules to show counts as not caught
 Build = Callable[[], contextlib.AbstractContextManager[None]]
@@ -176,7 +179,26 @@ def no_journal() -> contextlib.AbstractContextManager[None]:
     return _replaced((Journal, "_read", lambda self: []))
 
 
-BUILDS: dict[Build, tuple[set[str], int | str]] = {
+def losers_kept() -> contextlib.AbstractContextManager[None]:
+    """Whoever comes second with a new sandbox for a session leaves it there."""
+    return _replaced((Cloud, "release_loser", lambda self, box: None))
+
+
+def no_clean_up() -> contextlib.AbstractContextManager[None]:
+    """Nobody releases a sandbox that nobody uses."""
+
+    async def nothing(self: Fleet, *_arguments: Any) -> None:
+        return
+
+    return _replaced((Fleet, "clean_up", nothing))
+
+
+def late_reclaim() -> contextlib.AbstractContextManager[None]:
+    """What was handed out and not served is offered again, but only after ten minutes."""
+    return _replaced((dispatcher, "RECLAIM_SECONDS", 600.0))
+
+
+BUILDS: dict[Build, tuple[set[str], int | str | Schedule]] = {
     early_ack: ({"early ack"}, 0),
     tools_before_claim: ({"loser"}, 103),
     no_lock: ({"crowd"}, 30),
@@ -190,8 +212,18 @@ BUILDS: dict[Build, tuple[set[str], int | str]] = {
     no_healing: ({"lost"}, 6),
     webhooks_only: ({"lost", "slow"}, 6),
     no_journal: ({"twice"}, "operator_stops_in_a_call"),
+    losers_kept: ({"ownerless"}, 597),
+    no_clean_up: ({"ownerless"}, 23),
+    late_reclaim: ({"slow"}, EVERY_KILL[0].schedule(10)),
 }
-"""With the invariants that are there for it, and what breaks one: a seed, or a kept schedule. It is tried first."""
+"""With the invariants that are there for it, and what breaks one, tried first: a seed, a kept schedule or another."""
+
+
+def _schedule(name: int | str) -> Schedule:
+    if isinstance(name, int):
+        return generate(name)
+    kept: Schedule = importlib.import_module(f"tests.faults.kept.{name}").SCHEDULE
+    return kept
 
 
 @pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.__name__)
@@ -199,8 +231,7 @@ def test_a_broken_build_is_caught(build: Build) -> None:
     expected, first = BUILDS[build]
     labels: set[str] = set()
     for each in (first, *range(SEEDS)):
-        kept = f"tests.faults.kept.{each}"
-        schedule = generate(each) if isinstance(each, int) else importlib.import_module(kept).SCHEDULE
+        schedule = each if isinstance(each, Schedule) else _schedule(each)
         labels |= {label(violation) for violation in play(schedule, breakage=build).violations}
         if labels & expected:
             return

@@ -87,6 +87,16 @@ class Asked:
     answer: bytes = b""
 
 
+@dataclass(frozen=True)
+class Hit:
+    """A request has met a fault."""
+
+    at: float
+    process: Process
+    operation: str
+    fault: Fault
+
+
 @dataclass
 class Network:
     """What all wires of a schedule share."""
@@ -95,6 +105,7 @@ class Network:
     app: Callable[..., Any]
     seed: int
     faults: list[Fault] = field(default_factory=list)
+    hits: list[Hit] = field(default_factory=list)
     on_asked: Callable[[Asked], None] = lambda asked: None
     """Called just before the server looks at a request."""
     on_answered: Callable[[Asked], None] = lambda asked: None
@@ -109,6 +120,7 @@ class Network:
         for fault in self.faults:
             if fault.operation in (operation, "*") and fault.who in (who, "anybody"):
                 fault.count -= 1
+                self.hits.append(Hit(self.loop.time(), process, operation, fault))
                 if fault.count <= 0:
                     self.faults.remove(fault)
                 return fault
