@@ -237,16 +237,18 @@ async def test_an_adopted_beat_counts_from_when_it_was_sent(emulator: Emulator, 
 
 
 @pytest.mark.parametrize(
-    ("state", "age", "is_lost"), [("active", 299, False), ("active", 300, True), ("queued", 1, True)]
+    ("is_in_doubt", "state", "age", "is_lost"),
+    [(True, "active", 299, False), (True, "active", 300, True), (True, "queued", 1, True), (False, "active", 1, True)],
 )
-async def test_what_the_server_has_is_adopted_from_an_active_item_while_our_lease_lives(
-    emulator: Emulator, proxy: Proxy, session_id: str, state: str, age: float, is_lost: bool
+async def test_only_a_doubt_adopts_what_the_server_has_from_an_active_item_while_our_lease_lives(
+    emulator: Emulator, proxy: Proxy, session_id: str, is_in_doubt: bool, state: str, age: float, is_lost: bool
 ) -> None:
     time = 0.0
     async with claimed(emulator, proxy, now=lambda: time) as (lease, next_beat):
-        proxy.drop("beat")
-        with pytest.raises(anthropic.APIError):
-            await next_beat()
+        if is_in_doubt:
+            proxy.drop("beat")
+            with pytest.raises(anthropic.APIError):
+                await next_beat()
         time = age
         current = {"state": state, "last_heartbeat": "somebody's", "lease_extended": False, "ttl_seconds": 300}
         proxy.answer("beat", 412, body={"type": "error", "error": {"details": {"current_state": current}}})

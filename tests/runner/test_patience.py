@@ -111,7 +111,7 @@ async def test_a_call_that_outlives_its_turn_is_not_cut_off(
     emulator.set_script(session_id, [slow, say("never"), end()])
     emulator.say(session_id, "go")
     patient = {"SANDBOX_MAX_IDLE_SECONDS": "60"}
-    runner = await waiting(emulator, proxy.url, tmp_path, teardown_seconds=1.0, **patient)
+    runner = await waiting(emulator, proxy.url, tmp_path, teardown_seconds=1.0, flush_seconds=0, **patient)
     running = runner.start()
     await wait_file(tmp_path / "workspace" / "begun")
     emulator.send(session_id, {"type": "user.interrupt"})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 from anthropic.lib.tools.agent_toolset import AgentToolContext
 
+from shared import runner_clock
 from shared.runner_job import EXIT_LEASE_LOST, EXIT_OK
 from shared.runner_lease import Lease
 from shared.runner_tools import load_custom_tools
@@ -392,30 +394,39 @@ async def test_the_lock_record_follows_the_session(
     await running
 
 
+def test_the_leases_clock_counts_suspended_time_where_the_system_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "CLOCK_BOOTTIME", 7, raising=False)
+    monkeypatch.setattr(time, "clock_gettime", {7: 70.0}.__getitem__)
+    assert runner_clock.now() == 70.0
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME")
+    monkeypatch.setattr(time, "monotonic", lambda: 30.0)
+    assert runner_clock.now() == 30.0
+
+
 async def test_a_lease_is_as_fresh_as_its_last_beat_was_when_sent() -> None:
     """R5: TTL - 60 s, by a clock that can jump."""
-    time = 1000.0
+    at = 1000.0
     beats: list[str] = []
-    lease = Lease(beats.append, now=lambda: time)
+    lease = Lease(beats.append, now=lambda: at)
     lease.beaten("a", 300, sent_at=990.0)
     assert beats == ["a"]
     assert lease.age_seconds == 10
-    time = 990 + 239.9
+    at = 990 + 239.9
     assert lease.fresh
-    time = 990 + 240.0
+    at = 990 + 240.0
     assert not lease.fresh
     waiting = asyncio.create_task(lease.wait_fresh(lease.lost))
     await asyncio.sleep(0)
     assert not waiting.done()
-    lease.beaten("b", 300, sent_at=time)
+    lease.beaten("b", 300, sent_at=at)
     await waiting
-    time += 240
+    at += 240
     waiting = asyncio.create_task(lease.wait_fresh(lease.lost, lease.stopping))
     await asyncio.sleep(0)
     lease.stopping.set()
     await waiting
-    time += 60
+    at += 60
     await asyncio.wait_for(lease.watch(), 30)
     assert lease.lost.is_set()
-    lease.beaten("c", 300, sent_at=time)
+    lease.beaten("c", 300, sent_at=at)
     assert not lease.fresh  # lost is lost

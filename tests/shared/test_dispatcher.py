@@ -18,7 +18,7 @@ from anthropic import AsyncAnthropic
 from shared.dispatcher import RECLAIM_SECONDS as WINDOW
 from shared.dispatcher import Dispatcher, open_client
 from shared.errors import LaunchFailed
-from shared.fleet import Fleet
+from shared.fleet import RELEASES_PER_SWEEP, Fleet
 from shared.launching import LAUNCH_SECONDS
 from shared.provider import SandboxInfo, Started
 from tests.shared.conftest import MakeDispatcher
@@ -659,6 +659,14 @@ async def test_what_ran_when_it_was_listed_is_not_deleted_when_it_has_just_ended
     await fleet.list()  # of a drain in the same sweep
     await fleet.clean_up([], listed, ())
     assert provider.released == []
+
+
+async def test_a_sweep_deletes_only_so_many(emulator: Emulator) -> None:
+    provider = FakeProvider()
+    provider.infos = [info(f"sesn_{n}", running=False, idle_seconds=10**7) for n in range(RELEASES_PER_SWEEP + 1)]
+    fleet = Fleet(provider, settings_for(emulator))
+    await fleet.clean_up([], await fleet.list() or [], ())
+    assert len(provider.released) == RELEASES_PER_SWEEP
 
 
 async def test_one_sandbox_that_cannot_be_deleted_keeps_no_other(
