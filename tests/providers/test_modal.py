@@ -70,8 +70,8 @@ class TestModalContract(ProviderContract):
         assert len(self._double.state.sandboxes) == 2
 
     async def test_a_sandbox_at_the_end_of_its_lifetime_hands_its_session_to_the_next(self, world: World) -> None:
-        options = {"SANDBOX_LIFETIME_SECONDS": "600", "handover_seconds": 592.0, "renew_seconds": 0.0}
-        host = world.host(options=options)  # the hand-over begins eight seconds after the sandbox's start
+        options = {"SANDBOX_LIFETIME_SECONDS": "600", "handover_seconds": 580.0, "renew_seconds": 0.0}
+        host = world.host(options=options)  # the hand-over begins twenty seconds after the sandbox's start
         session = world.emulator.create_session()
         world.emulator.set_script(
             session,

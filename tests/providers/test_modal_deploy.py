@@ -29,6 +29,7 @@ from tests.test_copy_out import copy_out
 from tools.emulator import Emulator
 
 PATIENCE_SECONDS = 60.0
+CLI_SECONDS = 180.0  # Modal's command line, which builds an image
 CLI = Path(sys.executable).with_name("modal")
 
 pytestmark = needs_bubblewrap
@@ -48,7 +49,7 @@ class Workspace:
         environ = {key: value for key, value in os.environ.items() if key in {"HOME", "LANG"}}
         environ |= {"PATH": f"{cli.parent}:/usr/bin:/bin", "COLUMNS": "200", **self.double.environ}
         return subprocess.run(
-            [str(cli), *arguments], cwd=folder, env=environ, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+            [str(cli), *arguments], cwd=folder, env=environ, capture_output=True, text=True, timeout=CLI_SECONDS
         )
 
     def settings(self) -> dict[str, str]:
@@ -109,6 +110,13 @@ class Workspace:
         """How many were answered."""
         return [(each.operation, each.status) for each in self.emulator.requests].count(("work.poll", 200))
 
+    def until_logged(self, function: str, text: str) -> None:
+        """Waits for a line in a function's log: what it answers may be here before."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while text not in self.double.log(function):
+            assert time.monotonic() < deadline, f"{text} was not logged:\n{self.double.log(function)}"
+            time.sleep(0.02)
+
     def said(self, session: str) -> str:
         self.emulator.wait_idle(session, PATIENCE_SECONDS)
         return str(self.emulator.events(session, "agent.message")[-1]["content"][0]["text"])
@@ -147,8 +155,8 @@ def test_a_signed_webhook_is_served_and_so_is_the_next_turn_in_the_same_sandbox(
     emulator.set_webhook_url(None)
     assert len(deployed.double.state.sandboxes) == made + 1
     assert any(delivery.is_ok for delivery in emulator.deliveries)
-    assert f"action=webhook session={session}" in deployed.double.log("webhook")
-    assert f"action=launched provider=modal session={session}" in deployed.double.log("dispatch")
+    deployed.until_logged("webhook", f"action=webhook session={session}")
+    deployed.until_logged("dispatch", f"action=launched provider=modal session={session}")
 
 
 def test_the_sweep_finds_what_no_webhook_told(deployed: Workspace) -> None:
@@ -179,7 +187,7 @@ def test_signals_during_a_drain_are_one_more_poll_and_one_container(deployed: Wo
     first = emulator.create_session()
     polls = deployed.polls()
     deployed.post(b"{}", {})  # the function's container is there
-    double.wire.fail("SandboxCreateV2", status=None, seconds=10.0)  # the first launch takes its time
+    double.wire.fail("SandboxCreateV2", status=None, seconds=3600.0)  # the first launch takes its time
     emulator.say(first, "!echo one")
     assert deployed.post(*deployed.signed(first)) == 200
     # The queue was polled once more, and was empty: without a new signal nobody looks again.
@@ -189,6 +197,7 @@ def test_signals_during_a_drain_are_one_more_poll_and_one_container(deployed: Wo
     assert [deployed.post(*deployed.signed(second)) for _ in range(5)] == [200] * 5
     emulator.wait_until(lambda: emulator.work(second)["started_at"] is not None, PATIENCE_SECONDS)
     assert first not in {sandbox.definition.name for sandbox in double.running()}  # it is still being made
+    double.wire.heal()
     assert (deployed.said(second), deployed.said(first)) == ("two", "one")
     dispatch = double.control.function_id("dispatch")
     assert len([each for each in double.control.containers if each.function_id == dispatch and each.is_alive]) == 1
@@ -213,7 +222,7 @@ def test_a_drain_that_cannot_be_started_is_the_next_sweeps(deployed: Workspace) 
     session = deployed.emulator.create_session()
     deployed.emulator.say(session, "!echo swept")
     assert deployed.post(*deployed.signed(session)) == 200
-    assert "action=wake error=ResourceExhaustedError" in deployed.double.log("webhook")
+    deployed.until_logged("webhook", "action=wake error=ResourceExhaustedError")
     deployed.double.fire("dispatch")
     assert deployed.said(session) == "swept"
 

@@ -194,22 +194,20 @@ async def test_an_idle_sandbox_ends_and_the_next_one_has_its_files(double: Modal
 
 
 async def test_an_idle_sandbox_that_is_short_of_time_is_replaced(double: ModalDouble) -> None:
-    # 40 s until the hand-over, and from 38 on it is short of time
-    sandboxes = Sandboxes(double, **SHORT, handover_seconds=560.0, renew_seconds=38.0)
-    first = await sandboxes.provider.acquire("sesn_1")
-    assert (await sandboxes.provider.acquire("sesn_1")).id == first.id
-    deadline = time.monotonic() + 20
-    while (latest := await sandboxes.provider.acquire("sesn_1")).id == first.id:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.2)
+    # 100 s until the hand-over: enough for who needs ten, and not for who needs 101.
+    content, hurried = (Sandboxes(double, **SHORT, handover_seconds=500.0, renew_seconds=need) for need in (10, 101))
+    first = await content.provider.acquire("sesn_1")
+    assert (await content.provider.acquire("sesn_1")).id == first.id
+    latest = await hurried.provider.acquire("sesn_1")
+    assert latest.id != first.id
     assert latest.created
-    assert [each.id for each in sandboxes.double.running()] == [latest.id]
+    assert [each.id for each in double.running()] == [latest.id]
 
 
 async def test_a_runner_hands_over_before_the_lifetime_is_up_and_the_sandbox_ends_by_itself(
     double: ModalDouble,
 ) -> None:
-    sandboxes = Sandboxes(double, **SHORT, handover_seconds=596.0, renew_seconds=0.0)  # the hand-over is after 4 s
+    sandboxes = Sandboxes(double, **SHORT, handover_seconds=590.0, renew_seconds=0.0)  # the hand-over is after 10 s
     await sandboxes.begin("sesn_1", "true", linger=True)
     (sandbox,) = sandboxes.double.running()
     await until(lambda: not sandboxes.double.running())

@@ -40,7 +40,7 @@ def problem() -> str | None:
         return "bwrap is not installed: apt-get install bubblewrap"
     with tempfile.TemporaryDirectory() as directory:
         trial = [*_wall(Path(directory), {}, {}), sys.executable, "-I", "-S", "-c", "pass"]
-        done = subprocess.run(trial, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(trial, capture_output=True, text=True, timeout=60, check=False)
     return None if done.returncode == 0 else f"bwrap does not work here: {done.stderr.strip()[-200:]}"
 
 

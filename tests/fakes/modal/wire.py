@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -61,6 +63,7 @@ class Fault:
     after: bool
     """Whether the call takes effect before it fails: an answer that was lost."""
     times: int
+    is_over: bool = False
 
 
 class Wire:
@@ -83,7 +86,7 @@ class Wire:
         seconds: float = 0.0,
         after: bool = False,
     ) -> None:
-        """Makes the next `times` calls of `name` fail, or with `status=None` only late."""
+        """Makes the next `times` calls of `name` fail, or with `status=None` only late: `heal` ends that, too."""
         if name not in self.known:
             raise ValueError(f"the double has no call {name}")
         error = GRPCError(status, message) if status else None
@@ -93,6 +96,8 @@ class Wire:
     def heal(self) -> None:
         """No faults any more."""
         with self._lock:
+            for fault in itertools.chain(*self._faults.values()):
+                fault.is_over = True
             self._faults.clear()
 
     def fault(self, name: str) -> Fault | None:
@@ -132,7 +137,9 @@ def _answer(name: str, handler: Any, handlers: Any, wire: Wire) -> Callable[...,
         handlers.admit(name, stream.metadata)
         fault = wire.fault(name)
         if fault is not None:
-            await asyncio.sleep(fault.seconds)
+            until = time.monotonic() + fault.seconds
+            while (left := until - time.monotonic()) > 0 and not fault.is_over:  # noqa: ASYNC110 - another thread says so
+                await asyncio.sleep(min(left, 0.05))
             if fault.error and not fault.after:
                 raise fault.error
         result = handler(request)
