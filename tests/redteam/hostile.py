@@ -37,7 +37,7 @@ RUNNER = int(sys.argv[1])
 CONFIG: dict[str, Any] = json.loads(sys.argv[2])
 # In pieces: this text must not match itself, wherever it is found.
 WANTED = re.compile(rb"sk" rb"-ant-[\w-]{8,}|eyJ[\w-]{20,}|rt" rb"-[0-9a-f]{32}")
-SCAN_SECONDS = 20.0
+SCAN_SECONDS = 60.0
 LIBC = ctypes.CDLL(None, use_errno=True)
 ATTEMPTS: dict[str, Callable[[], Any]] = {}
 
@@ -354,7 +354,7 @@ def host_files() -> Any:
 def loopback() -> Any:
     """A service on the host's own loopback address."""
     try:
-        with socket.create_connection(("127.0.0.1", CONFIG["host_port"]), timeout=2) as connection:
+        with socket.create_connection(("127.0.0.1", CONFIG["host_port"]), timeout=30) as connection:
             connection.sendall(CONFIG["hello"].encode())
             answer = connection.recv(100)
     except OSError as error:
@@ -709,7 +709,7 @@ def arm_background() -> Any:
                 os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
             for ignored in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 signal.signal(ignored, signal.SIG_IGN)
-            for beat in range(1200):
+            for beat in range(4800):  # four minutes: it is there when the next turn looks
                 Path("rt-beat.new").write_text(str(beat))
                 os.replace("rt-beat.new", "rt-beat")
                 time.sleep(0.05)
@@ -722,9 +722,10 @@ def arm_background() -> Any:
 def background() -> Any:
     """Whether what `arm_background` started in an earlier turn is still there."""
     before = int(Path("rt-beat").read_text())
-    time.sleep(0.5)
-    after = int(Path("rt-beat").read_text())
-    return after > before, f"its count was {before}, and {after} half a second later", set()
+    deadline = time.monotonic() + 1.5
+    while (after := int(Path("rt-beat").read_text())) == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return after > before, f"its count was {before}, and then {after}", set()
 
 
 TRAP = """
@@ -777,7 +778,7 @@ def next_runner() -> Any:
 
 
 def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not true():
         if time.monotonic() > deadline:
             raise Unclear("it did not come true")

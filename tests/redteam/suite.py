@@ -43,7 +43,7 @@ HANG = ("stale-lock", "wreck", "window")  # and in another, the last stops it
 STARVE = ("starve",)  # and in a third
 SABOTAGE = frozenset({*CRASH, *HANG, *STARVE, "kill", "freeze"})
 INSIDE = frozenset(NAMES) - LATER - SABOTAGE - {"file-tools", "file-races", "output"}
-LEASE_SECONDS = 6.0  # so that a runner beats every three, and one that does not is known to be out of action soon
+LEASE_SECONDS = 8.0  # so that a runner beats every four, and one that does not is known to be out of action soon
 _RACE_SECONDS = 60.0
 _RACE_CALLS = 480
 _INSIDE = "rt-inside"
@@ -178,7 +178,7 @@ class RedTeam:
         stated = self.stated()
         tried = [name for name in NAMES if name not in SABOTAGE and stated[name].outcome != "not_tried"]
         with bait(tmp_path, marks) as lures:
-            neighbour = world.host(SANDBOX_MAX_IDLE_SECONDS="60")  # it stays while the other one is attacked
+            neighbour = world.host(SANDBOX_MAX_IDLE_SECONDS="600")  # it stays while the other one is attacked
             await _settle_in(neighbour, marks)
             config = {
                 "isolated": self.isolated,
@@ -188,7 +188,9 @@ class RedTeam:
                 "api": world.base_url,
                 **lures,
             }
-            campaign = Campaign(world.host(provider=neighbour.provider), marks, config, world.emulator.environment_key)
+            # Two seconds: its first turns are one runner's.
+            hostile = world.host(provider=neighbour.provider, SANDBOX_MAX_IDLE_SECONDS="2")
+            campaign = Campaign(hostile, marks, config, world.emulator.environment_key)
             return await campaign.run(tried)
 
 
@@ -206,7 +208,7 @@ def assert_true(stated: dict[str, statements.Statement], verdicts: dict[str, Ver
 async def _settle_in(host: Host, marks: Marks) -> None:
     """The session that must be left in peace: it has files wherever it may write, and a process."""
     session = host.emulator.create_session()
-    sleeper = f"python3 -I -S -c 'import time; time.sleep(120)' {marks.neighbour} > /dev/null 2>&1 &"
+    sleeper = f"python3 -I -S -c 'import time; time.sleep(600)' {marks.neighbour} > /dev/null 2>&1 &"
     files = " ".join(f"{place}/neighbour" for place in (".", "~", "${TMPDIR:-/tmp}"))
     assert await host.ask(session, f"!echo {marks.neighbour} | tee {files}\n!{sleeper}") == "(no output)"
 
@@ -230,15 +232,17 @@ class Campaign:
             **({"output": f"head -c {_OUTPUT_BYTES} /dev/zero | tr '\\0' x; echo END"} if "output" in tried else {}),
         }
         told = await self._turn(commands)
-        verdicts = await self._read(told["attack"], [*first, *(f"arm-{name}" for name in later)])
-        if "output" in tried:
-            size = len(told["output"])
-            verdicts["output"] = Verdict(size > _MOST_CHARACTERS, f"{size} characters of {_OUTPUT_BYTES} arrived")
-            assert told["output"].endswith("END")
+        verdicts: dict[str, Verdict] = {}
+        # At once: what a runner is told in its last instant, it does not run.
         if "file-tools" in tried:
             verdicts["file-tools"] = await self._file_tools()
         if "file-races" in tried:
             verdicts["file-races"] = await self._file_races()
+        verdicts |= await self._read(told["attack"], [*first, *(f"arm-{name}" for name in later)])
+        if "output" in tried:
+            size = len(told["output"])
+            verdicts["output"] = Verdict(size > _MOST_CHARACTERS, f"{size} characters of {_OUTPUT_BYTES} arrived")
+            assert told["output"].endswith("END")
         if later:
             await self._host.until_stopped(self._session)
             told = await self._turn({"look": self._hostile(*later)})
