@@ -152,10 +152,9 @@ def test_a_session_is_served_from_first_message_to_idle_exit(emulator: Emulator,
         end(),
     )
     talk.say("go")
-    talk.wait_idle()
-    talk.say("and on")  # within the time that a runner waits: the same one, the same shell
-    assert talk.wait_idle().splitlines() == ["/", "hello", "sunny in Ghent"]
+    talk.say("and on")  # before the first turn is over: the same runner, the same shell
     talk.wait_stopped()
+    assert talk.wait_idle().splitlines() == ["/", "hello", "sunny in Ghent"]
     assert (talk.claims(), len(talk.requests("work.ack"))) == (1, 1)
     assert [record.status for record in talk.requests("work.stop")] == [200]
     asked = [each for each in emulator.requests if talk.session in each.path]
@@ -285,6 +284,7 @@ def test_a_container_killed_in_a_tool_call_is_healed(emulator: Emulator, talk: T
     dev.sweep()
     assert "lost" in talk.wait_idle()
     assert [is_error for is_error, _ in talk.results()] == [False, True]  # told once, and not run again
+    talk.wait_stopped()  # by the runner that the answer has queued
     assert talk.ask("cat file.txt") == "saved"
 
 

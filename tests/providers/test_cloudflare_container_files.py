@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -154,9 +155,10 @@ class Meddled(io.BytesIO):
 def kill_tar() -> None:
     """As the kernel does that is out of memory: it alone, at once, wherever it is."""
     for pid in container.runner_process.descendants(os.getpid()):
-        name, state = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rsplit(") ", 1)
-        if (name, int(state.split()[1])) == ("tar", os.getpid()):  # it has children of the same name
-            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone since the listing
+            name, state = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rsplit(") ", 1)
+            if (name, int(state.split()[1])) == ("tar", os.getpid()):  # it has children of the same name
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_restore_whose_archiver_was_killed_is_none(sandbox: Any, tmp_path: Path) -> None:

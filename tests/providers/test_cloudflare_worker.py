@@ -71,7 +71,7 @@ def dev(folder: Path, shared_emulator: Emulator, tmp_path_factory: pytest.TempPa
         "ANTHROPIC_WEBHOOK_SIGNING_KEY": FIRST_KEY,
         "ANTHROPIC_WEBHOOK_SIGNING_KEY_NEXT": emulator.webhook_key,
         "SANDBOX_MAX_IDLE_SECONDS": "0.2",
-        "SANDBOX_MAX_WAIT_SECONDS": "20",
+        "SANDBOX_MAX_WAIT_SECONDS": "60",
         "SANDBOX_MAX_LIVE": "150",
         "FILES_KEY": FILES_KEY,
     }

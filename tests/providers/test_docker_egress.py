@@ -177,7 +177,7 @@ class Proxied:
         """Everything that comes back until the connection ends."""
         reader, writer = await asyncio.open_unix_connection(self.path)
         writer.write(request)
-        answer = await asyncio.wait_for(reader.read(), 10)
+        answer = await asyncio.wait_for(reader.read(), 60)
         writer.close()
         return answer
 
@@ -217,7 +217,7 @@ async def _proxied(directory: Path, serve: Serve, *allowed: str, **share: Any) -
     finally:
         proxy.close()
         upstream.close()
-        await asyncio.wait_for(asyncio.gather(*tasks), 10)  # every connection ends when both its sides have
+        await asyncio.wait_for(asyncio.gather(*tasks), 60)  # every connection ends when both its sides have
 
 
 async def test_a_tunnel_carries_bytes_both_ways_until_both_sides_end(tmp_path: Path) -> None:
@@ -299,13 +299,13 @@ async def test_one_sandbox_has_no_more_than_its_share_of_connections(tmp_path: P
         async def opened() -> tuple[bytes, asyncio.StreamWriter]:
             reader, writer = await asyncio.open_unix_connection(proxied.path)
             writer.write(connect)
-            return await asyncio.wait_for(reader.read(12), 10), writer
+            return await asyncio.wait_for(reader.read(12), 60), writer
 
         answers = [await opened() for _ in range(4)]
         assert [answer for answer, _ in answers] == [b"HTTP/1.1 200", b"HTTP/1.1 200", b"", b"HTTP/1.1 200"]
         for _, writer in answers:
             writer.close()
-        deadline = asyncio.get_running_loop().time() + 10
+        deadline = asyncio.get_running_loop().time() + 60
         while True:  # until the proxy has noticed that the first ones ended
             answer, writer = await opened()
             writer.close()
@@ -323,7 +323,7 @@ async def test_the_last_connections_of_a_sandbox_are_for_the_api(tmp_path: Path)
         for port in (elsewhere, elsewhere, elsewhere, proxied.upstream):
             reader, writer = await asyncio.open_unix_connection(proxied.path)
             writer.write(f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\n\r\n".encode())
-            answers.append(await asyncio.wait_for(reader.read(12), 10))
+            answers.append(await asyncio.wait_for(reader.read(12), 60))
             writers.append(writer)
         for writer in writers:
             writer.close()

@@ -167,6 +167,7 @@ async def test_an_instance_that_is_frozen_right_after_its_answer_loses_nothing(d
     emulator.set_webhook_url(f"{deployment.platform.url}/webhook")
     session = deployment.say("!echo served once >> file.txt; cat file.txt")
     await until(lambda: fake.count("create") == 1)
+    await until(lambda: emulator.deliveries)
     assert emulator.deliveries[0].is_ok  # it was answered while the sandbox was made
     frozen.freeze()
     emulator.set_webhook_url(None)
@@ -175,6 +176,7 @@ async def test_an_instance_that_is_frozen_right_after_its_answer_loses_nothing(d
     emulator.advance(RECLAIM_SECONDS)
     await until_served(deployment, session)
     assert await deployment.answer(session) == "served once"
+    await asyncio.to_thread(emulator.wait_for, session, "stopped", PATIENCE_SECONDS)
     frozen.thaw()  # what it then does is harmless: the lease is another runner's, or the session is over
     deployment.say("!cat file.txt", session)
     await until_served(deployment, session)

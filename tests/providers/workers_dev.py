@@ -21,7 +21,7 @@ from tools.sync_shared import ROOT
 
 START_SECONDS = 120.0
 WAIT_SECONDS = 60.0
-STOP_SECONDS = 30.0
+STOP_SECONDS = 60.0
 SWEEP_PATH = "/cdn-cgi/handler/scheduled"
 
 

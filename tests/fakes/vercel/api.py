@@ -122,7 +122,7 @@ class FakeVercel:
             done.set()
 
         self._server.loop.call_soon_threadsafe(run)
-        if not done.wait(10.0):
+        if not done.wait(60.0):
             raise RuntimeError("the double's loop is stuck")
 
     def end_session(self, name: str) -> None:
