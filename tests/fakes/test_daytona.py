@@ -110,10 +110,11 @@ async def test_stopping_kills_and_keeps_the_disk_and_only_a_started_one_runs_com
 
 
 async def test_a_state_refuses_what_it_does_not_allow(daytona: DaytonaDouble, client: Client) -> None:
-    daytona.seconds["create"] = daytona.seconds["start"] = 0.3
+    daytona.seconds["create"] = 60
     box = await client.new()
     assert (await client.ask("GET", f"/api/sandbox/{box}"))[1]["state"] == "creating"
     assert (await client.ask("POST", f"/api/sandbox/{box}/start"))[0] == 409
+    daytona.seconds["create"] = 0
     await until(lambda: daytona.box("box").state == "started")
     assert (await client.ask("POST", f"/api/sandbox/{box}/recover"))[0] == 400
     daytona.kill(daytona.box("box"))
@@ -144,20 +145,18 @@ async def test_input_is_echoed_to_the_disk_unless_it_is_told_not_to(
 
 
 async def test_intervals_run_and_activity_puts_them_off(daytona: DaytonaDouble, client: Client) -> None:
-    daytona.minute = 0.05
     box = await client.new(autoStopInterval=4, autoArchiveInterval=4, autoDeleteInterval=40)
-    for _ in range(6):
-        await asyncio.sleep(0.05)
-        assert (await client.ask("POST", f"/api/sandbox/{box}/last-activity"))[0] == 201
-    assert daytona.box("box").state == "started"
-    seen: list[str] = []
-
-    def is_gone() -> bool:
-        seen.extend(box.state for box in daytona.existing())
-        return not daytona.existing()
-
-    await until(is_gone)
-    assert list(dict.fromkeys(seen)) == ["started", "stopped", "archived"]
+    it = daytona.box("box")
+    it.used_at -= 3 * 60
+    assert (await client.ask("POST", f"/api/sandbox/{box}/last-activity"))[0] == 201
+    it.used_at -= 3 * 60
+    assert (await client.ask("GET", f"/api/sandbox/{box}"))[1]["state"] == "started"
+    it.used_at -= 60  # as if it had not been used for four minutes
+    await until(lambda: it.state == "stopped")
+    it.changed_at -= 4 * 60
+    await until(lambda: it.state == "archived")
+    it.changed_at -= 40 * 60
+    await until(lambda: not daytona.existing())
 
 
 def test_nothing_is_left_running(tmp_path: Path) -> None:
