@@ -36,7 +36,7 @@ import pytest
 from tests.world import HEALABLE_SECONDS, LAPSE_SECONDS, RECLAIM_SECONDS, Core, Host, World
 from tools.emulator import Emulator, Execution
 
-SCHEDULE_SECONDS = 90.0  # real ones; a schedule that takes longer has lost something
+SCHEDULE_SECONDS = 150.0  # real ones; a schedule that takes longer has lost something
 QUIET_SECONDS = 2.0  # real ones without anything happening, and the emulator's clock jumps
 SWEEP_SECONDS = 0.5  # real ones between two sweeps: the minute of a real host
 CLEAN_SECONDS = 60.0

@@ -167,7 +167,7 @@ async def test_calls_of_an_interrupted_turn_are_answered_not_run_and_do_not_keep
     emulator.say(session_id, "go")
     emulator.send(session_id, {"type": "user.interrupt"})
     runner = await in_process(emulator, emulator.url, tmp_path, SANDBOX_TOOL_NAMES="mine")
-    assert await asyncio.wait_for(runner.run(), 30) == IDLE
+    assert await asyncio.wait_for(runner.run(), 60) == IDLE
     assert results(emulator, session_id) == answers
     assert not (tmp_path / "workspace" / "runs").exists()
     assert not runner.events("retry")
@@ -251,7 +251,7 @@ async def test_thinking_is_not_waited_for_for_ever(
     emulator.set_script(session_id, [sleep(600), say("late"), end()])
     emulator.say(session_id, "wait")
     held.released.set()
-    assert await asyncio.wait_for(running, 30) == IDLE
+    assert await asyncio.wait_for(running, 60) == IDLE
 
 
 async def test_what_waits_for_others_after_the_stop_is_left_to_them(
@@ -262,7 +262,7 @@ async def test_what_waits_for_others_after_the_stop_is_left_to_them(
     emulator.set_script(session_id, [tools(asked, custom("someone_elses")), end()])
     emulator.say(session_id, "wait")
     held.released.set()
-    assert await asyncio.wait_for(running, 30) == IDLE
+    assert await asyncio.wait_for(running, 60) == IDLE
     assert results(emulator, session_id) == ["one"]
 
 
@@ -303,4 +303,4 @@ async def test_a_newcomer_does_not_wait_for_the_look_back(
     held.released.set()
     await until(emulator, lambda: emulator.work(session_id)["state"] == "stopped")
     runner.session.leave()
-    await asyncio.wait_for(running, 30)
+    await asyncio.wait_for(running, 60)

@@ -126,7 +126,7 @@ async def test_a_claim_that_was_not_recorded_is_sent_again(
 ) -> None:
     runner = await in_process(emulator, proxy.url, tmp_path, settle_seconds=300)  # and without waiting
     _ = proxy.drop("beat") if status is None else proxy.answer("beat", status)
-    assert await asyncio.wait_for(runner.run(), 30) == (EXIT_OK, "the session is idle")
+    assert await asyncio.wait_for(runner.run(), 60) == (EXIT_OK, "the session is idle")
 
 
 @pytest.mark.parametrize("operation", ["ack", "beat", "list", "send", "stop"])

@@ -50,7 +50,7 @@ async def test_sigterm_in_a_call_stops_first_and_answers_then_so_that_the_next_r
     await wait_file(tmp_path / "workspace" / "begun")
     runner.session.leave()
     runner.session.leave()  # twice is once
-    assert await asyncio.wait_for(running, 30) == HANDED_OVER
+    assert await asyncio.wait_for(running, PATIENCE_SECONDS) == HANDED_OVER
     assert operations(emulator)[-3:] == ["work.heartbeat", "work.stop", "events.send"]
     assert results(emulator, session_id) == [INTERRUPTED]
     assert runner.events("handover") == [{"event": "handover", "answers": 1, "stopped": True}]
@@ -112,7 +112,7 @@ async def test_sigterm_during_set_up_ends_it(
     running = runner.start()
     await held.reached.wait()
     runner.session.leave()
-    assert await asyncio.wait_for(running, 30) == HANDED_OVER
+    assert await asyncio.wait_for(running, PATIENCE_SECONDS) == HANDED_OVER
     assert emulator.work(session_id)["state"] == "stopped"
     assert proxy.count("stop") == 1
     assert not runner.events("tool")
@@ -144,7 +144,7 @@ async def test_sigterm_between_two_attempts_to_set_up(
     running = runner.start()
     await eventually(lambda: runner.events("retry"))
     runner.session.leave()
-    assert await asyncio.wait_for(running, 30) == HANDED_OVER
+    assert await asyncio.wait_for(running, PATIENCE_SECONDS) == HANDED_OVER
     assert proxy.count("stop") == 1
 
 
@@ -187,7 +187,7 @@ async def test_a_control_plane_that_hangs_does_not_keep_the_runner(
     for operation in ("beat", "stop", "send", "session"):
         proxy.hold(operation, times=1000)
     runner.session.leave()
-    assert await asyncio.wait_for(running, 30) == HANDED_OVER
+    assert await asyncio.wait_for(running, PATIENCE_SECONDS) == HANDED_OVER
     assert proxy.count("stop") == 0
 
 
@@ -236,7 +236,7 @@ async def test_a_sync_tool_is_left_behind_on_its_thread(
     running = runner.start(blocking(begun, release))
     assert await asyncio.to_thread(begun.wait, PATIENCE_SECONDS)
     runner.session.leave()
-    assert await asyncio.wait_for(running, 30) == HANDED_OVER
+    assert await asyncio.wait_for(running, PATIENCE_SECONDS) == HANDED_OVER
     assert results(emulator, session_id) == [INTERRUPTED]
 
 
@@ -297,7 +297,7 @@ async def test_a_running_call_is_ended_and_its_processes_killed(bench: Bench, en
     await asyncio.sleep(0)
     (bench.leaving if ends == "leaving" else getattr(bench.lease, ends)).set()
     with pytest.raises(ToolError, match=INTERRUPTED):
-        await asyncio.wait_for(calling, 30)
+        await asyncio.wait_for(calling, PATIENCE_SECONDS)
     assert bench.killed == 1
     assert [(line["name"], line["is_error"]) for line in bench.lines] == [("slow", True)]
 
@@ -317,7 +317,7 @@ async def test_a_call_that_refuses_to_end_is_given_up(bench: Bench) -> None:
     await asyncio.sleep(0)
     bench.leaving.set()
     with pytest.raises(ToolError, match=INTERRUPTED):
-        await asyncio.wait_for(calling, 30)
+        await asyncio.wait_for(calling, PATIENCE_SECONDS)
     assert bench.killed == 1
     done.set()
 

@@ -124,7 +124,7 @@ async def test_sigterm_ends_the_whole_tree_and_hands_the_session_over(
     runner.process.terminate()
     await eventually(lambda: not any(is_alive(pid) for pid in pids), within=5)
     assert (await runner.exit())[0] == EXIT_HANDED_OVER
-    assert time.monotonic() - told < 20
+    assert time.monotonic() - told < 30
     assert [line["event"] for line in runner.lines] == ["ready", "claimed", "tool", "handover", "exit"]
     assert operations(emulator)[-2:] == ["work.stop", "events.send"]
     assert emulator.work(session_id)["state"] == "queued"
@@ -338,7 +338,7 @@ async def test_a_command_that_took_too_long_leaves_nothing_behind_and_earlier_se
     slow = "sleep 300 & echo $! > left; setsid sh -c 'sleep 300 & wait' & kill -9 $(head -n 1 workers); sleep 300"
     session_id = emulator.create_session()
     emulator.set_script(
-        session_id, [call("bash", command=serve), call("bash", command=slow, timeout_ms=1500), repeat_output, end()]
+        session_id, [call("bash", command=serve), call("bash", command=slow, timeout_ms=3000), repeat_output, end()]
     )
     emulator.say(session_id, "go")
     runner = await start(await job_values(emulator, emulator.url, SANDBOX_MAX_IDLE_SECONDS="60"))

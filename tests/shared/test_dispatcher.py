@@ -336,7 +336,7 @@ async def test_a_failed_launch_leaves_the_item_to_be_served_later(
 ) -> None:
     session = emulator.create_session()
     provider = FakeProvider(Flaky(failed(retriable=retriable), times=10**9))
-    dispatcher = make_dispatcher(provider, launch_seconds=2.0, retry_pauses=(0.05,))
+    dispatcher = make_dispatcher(provider, launch_seconds=4.0, retry_pauses=(0.05,))
     await dispatcher.drain()
     assert (len(provider.started) > 1) is retriable
     assert emulator.work(session)["state"] == "queued"

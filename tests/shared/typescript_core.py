@@ -105,7 +105,7 @@ class Core:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(10)
+            self._process.wait(CALL_SECONDS)
         finally:
             self._process.kill()
             self._process.wait()
