@@ -194,8 +194,9 @@ async def test_an_idle_sandbox_ends_and_the_next_one_has_its_files(double: Modal
 
 
 async def test_an_idle_sandbox_that_is_short_of_time_is_replaced(double: ModalDouble) -> None:
-    # 100 s until the hand-over: enough for who needs ten, and not for who needs 101.
-    content, hurried = (Sandboxes(double, **SHORT, handover_seconds=500.0, renew_seconds=need) for need in (10, 101))
+    # 100 s until the hand-over: enough for who needs ten, and not for who needs 101 and makes longer ones.
+    content = Sandboxes(double, **SHORT, handover_seconds=500.0, renew_seconds=10.0)
+    hurried = Sandboxes(double, **SHORT, handover_seconds=120.0, renew_seconds=101.0)
     first = await content.provider.acquire("sesn_1")
     assert (await content.provider.acquire("sesn_1")).id == first.id
     latest = await hurried.provider.acquire("sesn_1")
