@@ -8,7 +8,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.emulator.browser import PATIENCE_MILLISECONDS, Open, chromium, open_page
+from tests.emulator.browser import LIVE, PATIENCE_MILLISECONDS, Open, chromium, load, open_page
 from tests.emulator.support import result
 from tests.emulator.test_webhooks import Receiver, receiver
 from tools.emulator import Emulator, call, custom, delegate, end, error, repeat_output, say, tools
@@ -173,7 +173,7 @@ def test_a_session_that_is_deleted(emulator: Emulator, open_page: Open) -> None:
 
 def test_a_session_that_never_was(emulator: Emulator, chromium: Browser) -> None:
     page = chromium.new_page()
-    page.goto(f"{emulator.url}/#/sessions/<b>sesn_none")
+    load(page, f"{emulator.url}/#/sessions/<b>sesn_none", LIVE)
     expect(detail(page)).to_contain_text("There is no such session")
     expect(detail(page)).to_contain_text("<b>sesn_none")
     page.close()
@@ -239,7 +239,7 @@ def test_a_refusal_is_shown_in_the_emulators_words(emulator: Emulator, chromium:
     emulator.switch(message_to_stranded_session="400")
     emulator.stop_work(session_id, force=True)
     page = chromium.new_page()
-    page.goto(f"{emulator.url}/#/sessions/{session_id}")
+    load(page, f"{emulator.url}/#/sessions/{session_id}", LIVE)
     detail(page).get_by_label("Message to the agent").fill("hello")
     detail(page).get_by_role("button", name="Send").click()
     expect(page.get_by_role("alert")).to_contain_text("interrupt it first")
