@@ -106,13 +106,18 @@ class Process:
         self.die()
         self.is_reaped = True
         self._release()
-        for _ in range(_REAPING_ROUNDS):
+        for number in range(_REAPING_ROUNDS):
             alive = [task for task in self.tasks if not task.done()]
             if not alive:
                 break
             for task in alive:
-                # One that was never begun is first begun, or its coroutine would be one that nobody awaited.
-                if inspect.getcoroutinestate(task.get_coro()) != inspect.CORO_CREATED:  # type: ignore[arg-type]
+                # One that was never begun is first begun, or its coroutine would be one that nobody awaited. What
+                # closes a generator does not say whether it was.
+                coroutine = task.get_coro()
+                is_begun = number > 0
+                if inspect.iscoroutine(coroutine):
+                    is_begun = inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED
+                if is_begun:
                     task.cancel()
             await asyncio.wait(alive, timeout=5.0)
         for task in self.tasks:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib
 import os
 import pkgutil
+from collections.abc import AsyncIterator
 from typing import get_args
 
 import pytest
@@ -22,6 +24,7 @@ from tests.faults.generate import (
     every_server,
     generate,
 )
+from tests.faults.loop import VirtualLoop, virtual_time
 from tests.faults.play import label, play
 from tests.faults.shrink import shrink
 from tests.faults.steps import (
@@ -131,6 +134,36 @@ def test_what_a_schedule_leaves_is_collected() -> None:
     before = gc.get_freeze_count()
     play(generate(1))
     assert gc.get_freeze_count() == before
+
+
+def test_a_process_is_reaped_while_it_closes_a_generator() -> None:
+    """What nobody has read to its end is closed by a task of the loop's own making."""
+    closed: list[str] = []
+
+    async def endless() -> AsyncIterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            await asyncio.sleep(0)
+            closed.append("closed")
+
+    async def begin(generators: list[AsyncIterator[int]]) -> None:
+        await anext(generators[0])
+
+    async def main() -> None:
+        process = loop.process("runner 1")
+        left = [endless()]
+        await process.spawn(begin(left))
+        process.context.run(left.clear)
+        await asyncio.sleep(0)
+        await process.reap()
+
+    loop = VirtualLoop()
+    with virtual_time(loop):
+        loop.run_until_complete(main())
+    loop.close()
+    assert closed == ["closed"]
 
 
 def test_a_schedule_prints_as_python() -> None:

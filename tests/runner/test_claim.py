@@ -324,6 +324,7 @@ async def test_a_lease_without_an_answer_for_its_whole_time_is_lost(
     proxy.drop("beat", times=1000)
     assert await runner.run() == (EXIT_LEASE_LOST, "the lease was lost")
     assert operations(emulator, "work.stop") == []
+    assert proxy.count("session") == 1  # it does not ask whether it may stop: the next one waits
 
 
 @pytest.mark.parametrize("switches", [Switches(lease_lapse="requeue")])
