@@ -24,11 +24,12 @@ pytestmark = [
 def test_ps_shows_the_same_processes_as_proc() -> None:
     init = folder.module("sandbox_init")
     with subprocess.Popen(["sleep", "60"]) as child:
-        by_ps, in_proc = init.processes_by_ps(), init.processes_in_proc()
+        before, by_ps, in_proc = init.processes_in_proc(), init.processes_by_ps(), init.processes_in_proc()
         child.kill()
     assert by_ps[child.pid][0] == in_proc[child.pid][0] == os.getpid()
-    parents = {pid: parent for pid, (parent, _) in in_proc.items()}
-    same = by_ps.keys() & parents.keys()  # others come and go between the two looks
+    # Others come and go meanwhile, and their children get another parent.
+    parents = {pid: parent for pid, (parent, start) in in_proc.items() if before.get(pid) == (parent, start)}
+    same = by_ps.keys() & parents.keys()
     assert {pid: by_ps[pid][0] for pid in same} == {pid: parents[pid] for pid in same}
     assert by_ps[os.getpid()][1] <= by_ps[child.pid][1] <= 0  # the later one has the larger number
 
