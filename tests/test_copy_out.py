@@ -26,7 +26,8 @@ from tests.providers.workers_dev import WorkersDev, settings_for, workspace
 from tools.emulator import Emulator, Step, call, end, repeat_output, tools
 from tools.sync_shared import ROOT, VENDORED, folders, own_modules, typescript_folders
 
-SERVE_SECONDS = 45.0  # below the minute after which a sweep would serve without a webhook
+SERVE_SECONDS = 180.0  # on a busy machine; a few, else
+WAKE_SECONDS = 45.0  # from a webhook to its poll: below the minute after which a sweep would poll without one
 WEBHOOK_PATH = "/webhook"
 SERVER = ["main.py", "--host", "127.0.0.1", "--port", "0", "--no-poll"]
 # How a folder is started here, and the settings it needs besides the shared ones. None: its platform starts it, and the
@@ -196,9 +197,12 @@ def test_a_copy_serves_a_session_when_a_signed_webhook_arrives(copy: Copy, tmp_p
         # Once the sweep at the start has polled and looks at the list, nothing but a webhook brings work for a minute.
         emulator.wait_until(lambda: any(each.operation == "work.list" for each in emulator.requests), SERVE_SECONDS)
 
+        asked = len(emulator.requests)
         emulator.set_webhook_url(f"http://{ready[1]}{WEBHOOK_PATH}")
         assert "the answer is 42" in _say(emulator, "echo the answer is $((6 * 7))")
         assert emulator.deliveries[0].is_ok
+        polled = next(each for each in emulator.requests[asked:] if each.operation == "work.poll")
+        assert (polled.at - emulator.deliveries[0].at).total_seconds() < WAKE_SECONDS
 
 
 @pytest.mark.parametrize("copy", SERVED, indirect=True)
