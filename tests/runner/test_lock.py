@@ -176,6 +176,27 @@ async def test_a_hung_holder_is_killed_with_its_tree_after_the_grace(hold: Hold,
     assert not is_alive(child)
 
 
+async def test_who_was_told_and_holds_the_lock_no_more_is_not_killed(hold: Hold, tmp_path: Path) -> None:
+    told = hold("claimed", "deaf")
+    other = await asyncio.create_subprocess_exec("/bin/sleep", "300")
+    asked = 0
+
+    async def ask() -> LeaseState:
+        nonlocal asked
+        asked += 1
+        if asked == 2:  # long before the grace is over
+            record = {"phase": "claimed", "pid": other.pid, "last_heartbeat": BEAT}
+            (tmp_path / "runner.lock").write_text(json.dumps(record))
+        return QUEUED
+
+    with pytest.raises(LockHeld):
+        await take_over(Lock(tmp_path), ask, wait_seconds=3.0, grace_seconds=1.5, probe_seconds=0.2)
+    assert asked > 2
+    assert [told.poll(), other.returncode] == [None, None]
+    other.kill()
+    await other.wait()
+
+
 @pytest.mark.parametrize(
     "content",
     [
