@@ -5,7 +5,8 @@
 PYTHON := .venv/bin/python
 VENV := .venv/.made
 PYTEST := $(PYTHON) -m pytest
-WORKERS ?= auto
+# Three for two cores: half of a test's time is a wait for another process.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 # On CI a skipped test is a failed one: there, nothing may be missing.
 PARALLEL := -n $(WORKERS) --dist worksteal $(if $(CI),-p tools.fail_on_skip)
 
