@@ -2,6 +2,8 @@
 
 The sandbox ends with the process that started it; the directory stays until `release`. Where bubblewrap does not run,
 tools are plain processes of this user, and that is refused unless somebody allowed it.
+
+Both halves of the seam are here, the provider and its sandbox: what one makes the other must find.
 """
 
 from __future__ import annotations
